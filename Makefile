@@ -1,0 +1,45 @@
+# The front door. Everything below works from a fresh clone: scripts/setup installs what is missing.
+
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench format lock setup setup-python clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: setup ## walstream on a throwaway PostgreSQL (ARGS="--seconds 20")
+	@.venv/bin/walstream demo $(ARGS)
+
+# Private clusters are skipped where another server is given and no programs are there.
+test: $(if $(WALSTREAM_TEST_DSN),setup-python,setup) ## the tests (ARGS="-k slot"); WALSTREAM_TEST_DSN names a server to use
+	$(PYTHON) -m pytest $(ARGS)
+
+check: setup-python ## linters, types and the layers of the imports
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports --no-logo
+
+bench: setup ## walstream against pg_recvlogical (ARGS="--json")
+	@$(PYTHON) -m bench $(ARGS)
+
+format: setup-python ## put the code into its form
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+lock: setup-python ## renew requirements.lock from pyproject.toml
+	$(PYTHON) -m pip install --quiet uv
+	$(PYTHON) -m uv pip compile pyproject.toml --extra binary --group dev --upgrade --quiet \
+	    --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --custom-compile-command "make lock" --output-file requirements.lock
+
+setup: ## install what is missing: Python packages, PostgreSQL, wal2json
+	@scripts/setup
+
+setup-python:
+	@scripts/setup --no-server
+
+clean: ## remove the virtual environment and what the tools left
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage

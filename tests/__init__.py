@@ -1,0 +1,1 @@
+"""The tests of walstream; most of them run against a real PostgreSQL."""

@@ -1,0 +1,6 @@
+"""``python -m walstream``."""
+
+from walstream.cli import main
+
+if __name__ == "__main__":
+    main()

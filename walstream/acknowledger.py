@@ -1,0 +1,96 @@
+"""Which position may be confirmed: one contiguous watermark.
+
+The delivery contract is kept here. The slot is confirmed up to the end of the last transaction of
+which every change has been taken, and of which all before it have too: never the maximum, never
+past a transaction in flight, never backwards.
+
+A transaction is opened when its BEGIN arrives, its changes are handed out and taken in any order,
+and it is closed when its COMMIT arrives. Between transactions a keepalive's ``wal_end`` counts as
+an empty transaction, or the slot of a quiet database would hold back the WAL of its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from walstream.lsn import Lsn
+
+
+class Ticket:
+    """A transaction in flight. Only the acknowledger looks inside."""
+
+    __slots__ = ("closed", "end_lsn", "untaken")
+
+    def __init__(self, end_lsn: Lsn) -> None:
+        self.end_lsn = end_lsn
+        self.untaken = 0
+        self.closed = False
+
+
+class Acknowledger:
+    """Turns "this change was taken" into the position that the next status update reports."""
+
+    def __init__(self, confirmed_flush_lsn: Lsn) -> None:
+        """Start at the position that the server has already recorded for the slot."""
+        self._flush_lsn = confirmed_flush_lsn
+        self._tickets: deque[Ticket] = deque()
+        self._progress = 0
+
+    @property
+    def flush_lsn(self) -> Lsn:
+        """The watermark: what the next status update may report."""
+        return self._flush_lsn
+
+    @property
+    def in_flight(self) -> int:
+        """How many transactions are open, or have changes that are not taken."""
+        return len(self._tickets)
+
+    @property
+    def progress(self) -> int:
+        """A number that grows whenever something is taken; standing still means stuck."""
+        return self._progress
+
+    def open(self, end_lsn: Lsn) -> Ticket:
+        """A transaction begins that will end at ``end_lsn``."""
+        ticket = Ticket(end_lsn)
+        self._tickets.append(ticket)
+        return ticket
+
+    def hand(self, ticket: Ticket, count: int = 1) -> None:
+        """``count`` changes of the transaction are on their way to handlers and sinks."""
+        ticket.untaken += count
+
+    def take(self, ticket: Ticket, count: int = 1) -> None:
+        """``count`` of the changes that were handed out are taken.
+
+        Raises:
+            ValueError: more were taken than handed out, which would confirm too much.
+        """
+        if count > ticket.untaken:
+            message = f"{count} changes taken, {ticket.untaken} were in flight"
+            raise ValueError(message)
+        ticket.untaken -= count
+        self._progress += 1
+        self._advance()
+
+    def close(self, ticket: Ticket) -> None:
+        """The transaction's COMMIT arrived: nothing more will be handed out for it."""
+        ticket.closed = True
+        self._progress += 1
+        self._advance()
+
+    def keepalive(self, wal_end: Lsn) -> None:
+        """Everything that commits before ``wal_end`` has been received."""
+        newest = self._tickets[-1] if self._tickets else None
+        if newest is not None and not newest.closed:
+            return  # inside a transaction the server's position says nothing about its commit
+        if newest is not None and newest.untaken == 0:
+            newest.end_lsn = max(newest.end_lsn, wal_end)
+        else:
+            self.close(self.open(wal_end))
+
+    def _advance(self) -> None:
+        tickets = self._tickets
+        while tickets and tickets[0].closed and tickets[0].untaken == 0:
+            self._flush_lsn = max(self._flush_lsn, tickets.popleft().end_lsn)

@@ -1,0 +1,370 @@
+"""What the database's catalog knows: types, relations, server settings.
+
+An ordinary connection, opened when it is first needed. It may go through a pooler: nothing is left
+in the session, settings that matter are set inside of the transaction that needs them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import msgspec
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.rows import TupleRow
+
+from walstream.changes import Layout, Relation
+from walstream.decoder import UnknownLayout
+from walstream.errors import FilterError
+from walstream.filters import Literal
+from walstream.loaders import TextLoaders
+from walstream.lsn import Lsn
+from walstream.postgres import SESSION_SETTINGS, connect, server_error
+from walstream.values import Kind, PgType, Types
+
+
+_PINNED: Final = b"; ".join(
+    b"SET LOCAL %b TO %b" % (name.encode(), value.encode())
+    for name, value in SESSION_SETTINGS.items()
+)
+
+
+class TableColumn(msgspec.Struct, frozen=True):
+    """A column as it is now; ``toastable`` says that its values may be stored out of line."""
+
+    name: str
+    typeoid: int
+    toastable: bool
+
+
+class Table(msgspec.Struct, frozen=True):
+    """A relation as it is now.
+
+    ``kind`` is ``pg_class.relkind``, ``replica_identity`` is ``pg_class.relreplident``;
+    ``identity`` names the columns that an update or delete is identified by, ``ancestors`` the
+    partitioned tables above, nearest first.
+    """
+
+    relation: Relation
+    kind: str
+    persistence: str
+    replica_identity: str
+    columns: tuple[TableColumn, ...]
+    key: tuple[str, ...]
+    identity: tuple[str, ...]
+    ancestors: tuple[Relation, ...]
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether its rows live in partitions, under whose names they are sent."""
+        return self.kind == "p"
+
+
+class Server(msgspec.Struct, frozen=True):
+    """The server's facts that streaming depends on."""
+
+    version: int
+    wal_level: str
+    in_recovery: bool
+    encoding: str
+    flush_lsn: Lsn
+    wal_sender_timeout_seconds: float
+
+
+Query: TypeAlias = sql.SQL | bytes
+
+
+class Catalog:
+    """Answers questions about the database, and remembers its types."""
+
+    def __init__(self, dsn: str, *, application_name: str) -> None:
+        self._dsn = dsn
+        self._application_name = application_name
+        self._connection: AsyncConnection[TupleRow] | None = None
+        self._lock = asyncio.Lock()
+        self._normalised: dict[Literal, str] = {}
+        self._loaders = TextLoaders()
+        self.types = Types(self._loaders)
+
+    async def close(self) -> None:
+        """Close the connection; the next question opens another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def probe(self) -> None:
+        """Ask for the smallest possible answer.
+
+        The server's shutdown ends ordinary connections first and refuses new ones with words of its
+        own, long before a walsender with unconfirmed changes lets anything be known.
+
+        Raises:
+            ServerShutdown: the server is shutting down.
+            Unavailable: the server cannot be reached.
+        """
+        await self.rows(sql.SQL("SELECT"))
+
+    async def server(self) -> Server:
+        """Ask for the server's facts."""
+        (row,) = await self.rows(_SERVER)
+        return Server(row[0], row[1], row[2], row[3], Lsn.parse(row[4]), float(row[5]))
+
+    async def table(self, relation: Relation) -> Table | None:
+        """Describe a relation, or return None when there is none of that name."""
+        rows = await self.rows(_TABLE, {"schema": relation.schema, "name": relation.name})
+        if not rows:
+            return None
+        kind, persistence, replica_identity, columns, key, identity, ancestors = rows[0]
+        return Table(
+            relation,
+            kind,
+            persistence,
+            replica_identity,
+            tuple(TableColumn(*column) for column in columns),
+            tuple(key),
+            tuple(identity),
+            tuple(Relation(*ancestor) for ancestor in ancestors),
+        )
+
+    async def tables(self, schema: str, name: str) -> list[Relation]:
+        """List the tables that a pattern names; ``*`` stands for all."""
+        rows = await self.rows(_TABLES, {"schema": schema, "name": name})
+        return [Relation(*row) for row in rows]
+
+    async def layout(self, question: UnknownLayout) -> Layout:
+        """Describe the shape that a record came in.
+
+        The record's own names and types are what counts: the catalog is younger than the record.
+        From the catalog come the partition's ancestors, and which columns a record may leave out.
+        """
+        table = await self.table(question.relation)
+        now = table.columns if table else ()
+        columns = {column.name: column.typeoid for column in now}
+        columns |= dict(zip(question.identity_names, question.identity_typeoids, strict=True))
+        columns |= dict(zip(question.names, question.typeoids, strict=True))
+        await self.learn_types(columns.values())
+        toastable = [column.name for column in now if column.toastable]
+        candidates = dict.fromkeys([*toastable, *question.identity_names])
+        sent = set(question.names)
+        return Layout(
+            relation=question.relation,
+            names=question.names,
+            typeoids=question.typeoids,
+            key=question.key,
+            types=self.types,
+            ancestors=table.ancestors if table else (),
+            columns=columns,
+            missing=tuple(name for name in candidates if name not in sent),
+        )
+
+    async def learn_types(self, oids: Iterable[int]) -> None:
+        """Fetch the types that are not built in and not known yet, with all they are built on."""
+        unknown = sorted({oid for oid in oids if oid not in self.types})
+        if unknown:
+            await self._fetch_types(unknown)
+
+    async def renew_types(self) -> None:
+        """Fetch all types again that are not built in: one of them has changed."""
+        self._normalised.clear()
+        await self._fetch_types(sorted(self.types.learned()))
+
+    async def normalise(self, literals: Sequence[Literal]) -> dict[Literal, str]:
+        """Let the server read a filter's values as the types of their columns.
+
+        Raises:
+            FilterError: a value does not parse; the column, its type and the server's reason.
+        """
+        for literal in literals:
+            if literal in self._normalised:
+                continue
+            try:
+                (row,) = await self.rows(literal.sql.encode(), (literal.text,))
+            except psycopg.DataError as error:
+                reason = error.diag.message_primary or type(error).__name__
+                message = f"column {literal.column} of type {literal.type_name}: {reason}"
+                raise FilterError(message) from None
+            self._normalised[literal] = row[0]
+        return {literal: self._normalised[literal] for literal in literals}
+
+    async def _fetch_types(self, oids: list[int]) -> None:
+        rows = await self.rows(_TYPES, {"oids": oids})
+        fetched = [_pg_type(row) for row in rows]
+        self._loaders.register(fetched)
+        for pg_type in fetched:
+            self.types.add(pg_type)
+
+    async def rows(
+        self, query: Query, parameters: Mapping[str, Any] | Sequence[Any] | None = None
+    ) -> list[TupleRow]:
+        """Run a query; a connection that went away since the last one is replaced once.
+
+        Raises:
+            psycopg.DataError: the parameters are not what the query can take.
+            WalstreamError: the server cannot be reached, or refuses.
+        """
+        async with self._lock:
+            if self._connection is not None:
+                try:
+                    return await self._run(self._connection, query, parameters)
+                except psycopg.OperationalError:
+                    await self.close()
+            if self._connection is None:
+                self._connection = await connect(
+                    self._dsn, application_name=self._application_name
+                )
+            try:
+                return await self._run(self._connection, query, parameters)
+            except psycopg.DataError:
+                raise
+            except psycopg.Error as error:
+                raise server_error(error) from error
+
+    async def _run(
+        self,
+        connection: AsyncConnection[TupleRow],
+        query: Query,
+        parameters: Mapping[str, Any] | Sequence[Any] | None,
+    ) -> list[TupleRow]:
+        """Run a query with the pinned settings, which a pooler may have given to someone else."""
+        async with connection.transaction():
+            await connection.execute(_PINNED)
+            cursor = await connection.execute(query, parameters)
+            return await cursor.fetchall() if cursor.description else []
+
+
+def _pg_type(row: TupleRow) -> PgType:
+    oid, name, schema, kind, element, base, delimiter, attributes, labels, json_cast, sql_name = row
+    return PgType(
+        oid=oid,
+        name=name,
+        schema=schema,
+        kind=Kind(kind),
+        element=element,
+        base=base,
+        delimiter=delimiter,
+        attributes=tuple((attribute, typeoid) for attribute, typeoid in attributes),
+        labels=tuple(labels),
+        json_cast=json_cast,
+        sql_name=sql_name,
+    )
+
+
+_SERVER: Final = sql.SQL(
+    """
+    SELECT current_setting('server_version_num')::int,
+           current_setting('wal_level'),
+           pg_is_in_recovery(),
+           pg_encoding_to_char(encoding),
+           CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
+                ELSE pg_current_wal_flush_lsn() END::text,
+           (SELECT setting::float / 1000 FROM pg_settings WHERE name = 'wal_sender_timeout')
+      FROM pg_database
+     WHERE datname = current_database()
+    """
+)
+
+_TABLE: Final = sql.SQL(
+    """
+    SELECT c.relkind::text,
+           c.relpersistence::text,
+           c.relreplident::text,
+           ARRAY(SELECT jsonb_build_array(
+                            a.attname, a.atttypid::bigint, a.attlen = -1 AND a.attstorage <> 'p')
+                   FROM pg_attribute a
+                  WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                  ORDER BY a.attnum),
+           ARRAY(SELECT a.attname::text
+                   FROM pg_index i,
+                        unnest(i.indkey) WITH ORDINALITY AS k (attnum, place)
+                   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
+                  WHERE i.indrelid = c.oid AND i.indisprimary
+                  ORDER BY k.place),
+           ARRAY(SELECT a.attname::text
+                   FROM pg_attribute a
+                  WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                    AND (c.relreplident = 'f'
+                         OR EXISTS (SELECT FROM pg_index i
+                                     WHERE i.indrelid = c.oid AND a.attnum = ANY (i.indkey)
+                                       AND (c.relreplident = 'd' AND i.indisprimary
+                                            AND i.indimmediate
+                                            OR c.relreplident = 'i' AND i.indisreplident)))
+                  ORDER BY a.attnum),
+           ARRAY(SELECT jsonb_build_array(pn.nspname, p.relname)
+                   FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS up (oid, place)
+                   JOIN pg_class p ON p.oid = up.oid AND p.oid <> c.oid
+                   JOIN pg_namespace pn ON pn.oid = p.relnamespace
+                  ORDER BY up.place)
+      FROM pg_class c
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %(schema)s AND c.relname = %(name)s
+    """
+)
+
+_TABLES: Final = sql.SQL(
+    """
+    SELECT n.nspname, c.relname
+      FROM pg_class c
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.relkind IN ('r', 'p')
+       AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+       AND n.nspname NOT LIKE 'pg\\_toast%%' AND n.nspname NOT LIKE 'pg\\_temp%%'
+       AND %(schema)s IN ('*', n.nspname) AND %(name)s IN ('*', c.relname)
+     ORDER BY 1, 2
+    """
+)
+
+_TYPES: Final = sql.SQL(
+    """
+    WITH RECURSIVE needed (oid) AS (
+        SELECT unnest(%(oids)s::oid[])
+         UNION
+        SELECT part.oid
+          FROM needed
+          JOIN pg_type t ON t.oid = needed.oid
+         CROSS JOIN LATERAL (
+               SELECT t.typbasetype WHERE t.typtype = 'd'
+               UNION ALL
+               SELECT t.typelem
+                WHERE t.typtype <> 'd' AND t.typcategory = 'A' AND t.typlen = -1
+               UNION ALL
+               SELECT r.rngsubtype FROM pg_range r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+               UNION ALL
+               SELECT a.atttypid FROM pg_attribute a
+                WHERE t.typtype = 'c' AND a.attrelid = t.typrelid
+                  AND a.attnum > 0 AND NOT a.attisdropped
+               ) AS part (oid)
+    )
+    SELECT t.oid::bigint,
+           t.typname,
+           n.nspname,
+           CASE WHEN t.typtype <> 'd' AND t.typcategory = 'A' AND t.typlen = -1 THEN 'array'
+                ELSE CASE t.typtype WHEN 'c' THEN 'composite' WHEN 'd' THEN 'domain'
+                                    WHEN 'e' THEN 'enum' WHEN 'r' THEN 'range'
+                                    WHEN 'm' THEN 'multirange' ELSE 'base' END END,
+           coalesce(CASE WHEN t.typtype <> 'd' AND t.typcategory = 'A' AND t.typlen = -1
+                         THEN t.typelem
+                         ELSE (SELECT r.rngsubtype FROM pg_range r
+                                WHERE t.oid IN (r.rngtypid, r.rngmultitypid)) END,
+                    0)::bigint,
+           t.typbasetype::bigint,
+           coalesce((SELECT e.typdelim FROM pg_type e WHERE e.oid = t.typelem), t.typdelim)::text,
+           ARRAY(SELECT jsonb_build_array(a.attname, a.atttypid::bigint)
+                   FROM pg_attribute a
+                  WHERE t.typtype = 'c' AND a.attrelid = t.typrelid
+                    AND a.attnum > 0 AND NOT a.attisdropped
+                  ORDER BY a.attnum),
+           ARRAY(SELECT e.enumlabel::text FROM pg_enum e
+                  WHERE e.enumtypid = t.oid ORDER BY e.enumsortorder),
+           EXISTS (SELECT FROM pg_cast c
+                    WHERE c.castsource = t.oid AND c.castmethod = 'f'
+                      AND c.casttarget = 'json'::regtype),
+           format_type(t.oid, NULL)
+      FROM (SELECT DISTINCT oid FROM needed) AS listed
+      JOIN pg_type t ON t.oid = listed.oid
+      JOIN pg_namespace n ON n.oid = t.typnamespace
+     ORDER BY t.typtype = 'd', t.oid
+    """
+)
+"""Types with all that they are built on; domains last, because they take over their base's loader."""

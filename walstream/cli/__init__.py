@@ -1,0 +1,70 @@
+"""The command line.
+
+The standard output carries data only; logs and errors go to stderr. Exit codes follow sysexits.h:
+0 clean, 64 usage, 70 our bug, 75 try again, 78 configuration or database set-up.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import Annotated, Final, NoReturn
+
+import typer
+from rich.console import Console
+
+from walstream.cli import slot, streaming
+from walstream.errors import EX_OK, EX_USAGE, UsageError, WalstreamError
+
+INTERRUPTED: Final = 130
+"""The exit code that shells give to a program ended by SIGINT."""
+
+app = typer.Typer(
+    name="walstream",
+    help="Every committed change of a PostgreSQL database, delivered to your code.",
+    epilog="Exit codes: 0 clean, 64 usage, 70 a bug, 75 try again, 78 configuration or database"
+    " set-up.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(streaming.run)
+app.command("tail")(streaming.tail)
+app.add_typer(slot.app, name="slot")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"walstream {metadata.version('walstream')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:  # what the command line's parser refuses
+        _report(UsageError(error.format_message(), hint="walstream --help, walstream run --help"))
+        sys.exit(EX_USAGE)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    except WalstreamError as error:
+        _report(error)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else EX_OK)
+
+
+def _report(error: WalstreamError) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+    console.print(error.message, markup=False)
+    if error.hint:
+        console.print("[bold]hint[/]: ", end="")
+        console.print(error.hint, markup=False)

@@ -1,0 +1,144 @@
+"""``walstream slot``: the replication slot by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from walstream import logs
+from walstream.catalog import Catalog
+from walstream.cli.options import ConfigFile, Dsn, load_config
+from walstream.config import Config
+from walstream.connection import ReplicationConnection
+from walstream.errors import UsageError
+from walstream.lsn import Lsn
+from walstream.slots import SlotStatus, advance_slot, create_slot, drop_slot, slot_status
+
+T = TypeVar("T")
+
+app = typer.Typer(help="Create, drop, look at and advance the replication slot.")
+
+Name = Annotated[
+    str | None, typer.Option("--name", metavar="SLOT", help="Instead of the configuration's.")
+]
+
+
+@app.command()
+def create(config: ConfigFile = None, dsn: Dsn = None, name: Name = None) -> None:
+    """Create the slot for wal2json: changes are kept from now on.
+
+    From then on the server keeps all WAL until it is confirmed. Undo it by [bold]walstream slot
+    drop[/].
+    """
+
+    async def work(settings: Config, catalog: Catalog, slot: str) -> None:
+        async with await ReplicationConnection.open(
+            settings.postgres.streaming_dsn(), application_name=settings.postgres.application_name
+        ) as connection:
+            created = await create_slot(connection, catalog, slot)
+        typer.echo(f"created {created.name} at {created.consistent_point}")
+
+    _with_catalog(config, dsn, name, work)
+
+
+@app.command()
+def drop(config: ConfigFile = None, dsn: Dsn = None, name: Name = None) -> None:
+    """Drop the slot: what it has not delivered is given up, and the server may remove the WAL."""
+
+    async def work(_settings: Config, catalog: Catalog, slot: str) -> None:
+        await drop_slot(catalog, slot)
+        typer.echo(f"dropped {slot}")
+
+    _with_catalog(config, dsn, name, work)
+
+
+@app.command()
+def status(
+    config: ConfigFile = None,
+    dsn: Dsn = None,
+    name: Name = None,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show where the slot stands, who uses it, and how much WAL it holds back."""
+
+    async def work(_settings: Config, catalog: Catalog, slot: str) -> None:
+        found = await slot_status(catalog, slot)
+        if json:
+            typer.echo(msgspec.json.encode(found, enc_hook=str).decode())
+        else:
+            Console().print(_table(found))
+
+    _with_catalog(config, dsn, name, work)
+
+
+@app.command()
+def advance(
+    to: Annotated[str, typer.Argument(metavar="LSN|now", help="The new position.")],
+    config: ConfigFile = None,
+    dsn: Dsn = None,
+    name: Name = None,
+) -> None:
+    """Move the slot forward; the changes in between are given up, no handler sees them."""
+
+    async def work(_settings: Config, catalog: Catalog, slot: str) -> None:
+        position = (await catalog.server()).flush_lsn if to == "now" else _lsn(to)
+        typer.echo(f"{slot} stands at {await advance_slot(catalog, slot, position)}")
+
+    _with_catalog(config, dsn, name, work)
+
+
+def _with_catalog(
+    file: Path | None,
+    dsn: str | None,
+    name: str | None,
+    work: Callable[[Config, Catalog, str], Awaitable[None]],
+) -> None:
+    settings = load_config(file, dsn)
+    logs.configure("warning")
+
+    async def run() -> None:
+        catalog = Catalog(
+            settings.postgres.catalog_dsn(), application_name=settings.postgres.application_name
+        )
+        try:
+            await work(settings, catalog, name or settings.slot.name)
+        finally:
+            await catalog.close()
+
+    asyncio.run(run())
+
+
+def _lsn(text: str) -> Lsn:
+    try:
+        return Lsn.parse(text)
+    except ValueError as error:
+        raise UsageError(str(error), hint="give an LSN, or now") from None
+
+
+def _table(status: SlotStatus) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for field, value in msgspec.structs.asdict(status).items():
+        shown = "–" if value is None else str(value)
+        table.add_row(field, _size(value) if field.endswith("_bytes") else shown)
+    return table
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "–"
+    scaled = float(size)
+    for unit in ("bytes", "KiB", "MiB"):
+        if scaled < 1024:  # noqa: PLR2004 - binary units
+            return f"{scaled:.0f} {unit}"
+        scaled /= 1024
+    return f"{scaled:.1f} GiB"

@@ -1,0 +1,181 @@
+"""``walstream run`` and ``walstream tail``."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import secrets
+import signal
+import sys
+from typing import Annotated
+
+import structlog
+import typer
+
+from walstream import logs
+from walstream.app import Walstream
+from walstream.cli.options import ConfigFile, Dsn, load_config
+from walstream.config import RouteSpec
+from walstream.daemon import Daemon, Summary
+from walstream.delivery import Sink
+from walstream.errors import ConfigError, OutputClosed, UsageError
+from walstream.sinks.stdout import StdoutSink
+from walstream.sinks.terminal import TerminalSink
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.cli")
+
+def run(
+    app: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[APP]",
+            help="Handlers as module:name of a Walstream object, such as handlers:stream.",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    dsn: Dsn = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LSN|now",
+            help="Stop once all that committed before this position is acknowledged.",
+        ),
+    ] = None,
+) -> None:
+    """Stream changes from the slot to handlers and sinks, until stopped.
+
+    SIGINT or SIGTERM finishes the transaction in hand, confirms, and exits 0; a second one exits at
+    once.
+    """
+    settings = load_config(config, dsn)
+    logs.configure(settings.log.level, settings.log.format)
+    app = app or settings.handlers.app
+    handlers = load_app(app).handlers if app else []
+    daemon = Daemon(settings, handlers, until=until)
+    summary = run_daemon(daemon)
+    log.info(
+        "stopped",
+        transactions=summary.transactions,
+        changes=summary.changes,
+        delivered=summary.delivered,
+        flush_lsn=str(summary.flush_lsn),
+    )
+    leave(daemon)
+
+
+def tail(
+    tables: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TABLE]...", help="schema.table, * for either part; all without."),
+    ] = None,
+    config: ConfigFile = None,
+    dsn: Dsn = None,
+    operation: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-o",
+            "--operation",
+            metavar="OPERATION",
+            help="insert, update, delete or truncate; may be repeated. All without.",
+        ),
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="FILTER", help="Such as status=eq.active,amount=gte.10.")
+    ] = None,
+    *,
+    json: Annotated[
+        bool, typer.Option("--json", help="JSON lines, also on a terminal.")
+    ] = False,
+) -> None:
+    """Watch changes live, from now on, through a temporary slot that ends with the command.
+
+    On a terminal the changes are laid out for people, in a pipe they are JSON lines.
+    """
+    settings = load_config(config, dsn)
+    logs.configure("warning" if settings.log.level == "info" else settings.log.level)
+    settings = settings.model_copy(
+        update={
+            "slot": settings.slot.model_copy(update={"name": f"walstream_tail_{secrets.token_hex(4)}"}),
+            "routes": [],
+            "sinks": {},
+        }
+    )
+    pretty = sys.stdout.isatty() and not json
+    sink: Sink = TerminalSink("tail") if pretty else StdoutSink("tail")
+    try:
+        specs = [
+            RouteSpec.declared("tail", table=table, operations=operation or None, where=where)
+            for table in tables or ["*.*"]
+        ]
+    except ConfigError as error:
+        raise UsageError(error.message) from None
+    daemon = Daemon(
+        settings,
+        sinks=[(spec, sink) for spec in specs],
+        temporary_slot=True,
+        reconnect=False,
+    )
+    try:
+        run_daemon(daemon)
+    except OutputClosed:  # the reader of the pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def load_app(path: str) -> Walstream:
+    """Import a Walstream object by ``module:name``; the current folder comes first.
+
+    Raises:
+        UsageError: there is none at the path.
+    """
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        message = f"{path!r} does not name handlers"
+        raise UsageError(message, hint="write module:name, such as handlers:stream")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        message = f"there is no module {error.name}"
+        raise UsageError(message, hint="the current folder and PYTHONPATH are searched") from None
+    for part in name.split("."):
+        if not hasattr(found, part):
+            message = f"the module {module_name} has no {name}"
+            raise UsageError(message)
+        found = getattr(found, part)
+    if not isinstance(found, Walstream):
+        message = f"{path} is a {type(found).__name__}, not a Walstream"
+        raise UsageError(message)
+    return found
+
+
+def run_daemon(daemon: Daemon) -> Summary:
+    """Run until it ends or is told to by a signal; the second signal exits at once."""
+    return asyncio.run(_run_with_signals(daemon))
+
+
+async def _run_with_signals(daemon: Daemon) -> Summary:
+    loop = asyncio.get_running_loop()
+    signalled = False
+
+    def on_signal(number: signal.Signals) -> None:
+        nonlocal signalled
+        if signalled:
+            os._exit(128 + number)
+        signalled = True
+        log.info("stopping", signal=number.name)
+        daemon.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    return await daemon.run()
+
+
+def leave(daemon: Daemon) -> None:
+    """Exit without waiting for a handler's function that does not return."""
+    if daemon.is_busy:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -1,0 +1,443 @@
+"""The configuration: ``walstream.toml`` and ``WALSTREAM_...`` environment variables.
+
+Every key can be given as an environment variable: ``WALSTREAM_POSTGRES_DSN`` for ``dsn`` under
+``[postgres]``; tables of tables (``WALSTREAM_ROUTES``, ``WALSTREAM_SINKS``) as JSON. The environment
+wins over the file. Secrets can be read from files: ``dsn_file`` instead of ``dsn``.
+
+Mistakes are reported all at once, each with its key path, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from walstream import filters, postgres, projection
+from walstream.changes import Operation
+from walstream.errors import ConfigError, FilterError
+from walstream.router import ALL_OPERATIONS, Route, TablePattern
+
+ENV_PREFIX: Final = "WALSTREAM_"
+DEFAULT_FILE: Final = Path("walstream.toml")
+
+OperationName = Literal["insert", "update", "delete", "truncate"]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @classmethod
+    def declared(cls, where_from: str, /, **content: Any) -> Self:
+        """Check what a decorator or an option says.
+
+        Args:
+            where_from: what messages begin with.
+            **content: the keys.
+
+        Raises:
+            ConfigError: with one sentence for each mistake.
+        """
+        try:
+            return cls(**content)
+        except ValidationError as error:
+            problems = [f"{where_from}: {_problem(detail)}" for detail in error.errors()]
+            raise ConfigError(problems) from None
+
+
+class PostgresConfig(_Section):
+    """How to reach the database.
+
+    ``dsn`` serves the catalog and, unless ``replication_dsn`` is given, replication too. Give both
+    when a pooler stands before the catalog: a pooler cannot carry replication.
+    """
+
+    dsn: SecretStr | None = None
+    dsn_file: Path | None = None
+    replication_dsn: SecretStr | None = None
+    replication_dsn_file: Path | None = None
+    application_name: str = Field("walstream", min_length=1, max_length=63)
+
+    @field_validator("dsn", "replication_dsn")
+    @classmethod
+    def _readable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            postgres.check_dsn(value.get_secret_value())
+        return value
+
+    def catalog_dsn(self) -> str:
+        """Return the connection string for ordinary queries; without any, libpq's defaults count.
+
+        Raises:
+            ConfigError: ``dsn_file`` cannot be read.
+        """
+        return _secret("postgres.dsn", self.dsn, self.dsn_file) or ""
+
+    def streaming_dsn(self) -> str:
+        """Return the connection string for replication.
+
+        Raises:
+            ConfigError: ``replication_dsn_file`` or ``dsn_file`` cannot be read.
+        """
+        own = _secret("postgres.replication_dsn", self.replication_dsn, self.replication_dsn_file)
+        return own or self.catalog_dsn()
+
+
+class SlotConfig(_Section):
+    """The replication slot. ``create`` makes it when it is not there."""
+
+    name: str = Field("walstream", pattern=r"^[a-z0-9_]{1,63}$")
+    create: bool = False
+
+
+class ColumnsConfig(_Section):
+    """Which columns a route passes on, and which of them masked."""
+
+    include: list[str] | None = None
+    exclude: list[str] = []
+    mask: dict[str, str] = {}
+
+    @field_validator("mask")
+    @classmethod
+    def _known(cls, value: dict[str, str]) -> dict[str, str]:
+        for mask in value.values():
+            projection.Mask.parse(mask)
+        return value
+
+
+class RouteSpec(_Section):
+    """Which changes a route wants, and what of them: what decorators and the file both say."""
+
+    table: str
+    operations: list[OperationName] | None = Field(None, min_length=1)
+    where: str | None = None
+    columns: ColumnsConfig = ColumnsConfig()
+    leaving: bool = False
+
+    @field_validator("table")
+    @classmethod
+    def _is_table(cls, value: str) -> str:
+        TablePattern.parse(value)
+        return value
+
+    @field_validator("where")
+    @classmethod
+    def _is_filter(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                filters.parse(value)
+            except FilterError as error:
+                raise ValueError(error.message) from None
+        return value
+
+    def route(self, name: str, destination: Any, masking_key: bytes | None) -> Route:
+        """Make the route.
+
+        Raises:
+            ConfigError: a ``hash`` mask without a key.
+        """
+        rules = self.columns
+        try:
+            kept = projection.Projection(
+                include=rules.include,
+                exclude=rules.exclude,
+                mask={column: projection.Mask.parse(mask) for column, mask in rules.mask.items()},
+                key=masking_key,
+            )
+        except ValueError as error:
+            raise ConfigError([f"{name}: {error}"]) from None
+        return Route(
+            name=name,
+            pattern=TablePattern.parse(self.table),
+            destination=destination,
+            operations=frozenset(map(Operation, self.operations or ALL_OPERATIONS)),
+            explicit=self.operations is not None,
+            where=None if self.where is None else filters.parse(self.where),
+            projection=None if rules == ColumnsConfig() else kept,
+            leaving=self.leaving,
+        )
+
+
+class RouteConfig(RouteSpec):
+    """A route of the file: it goes to a sink by name."""
+
+    to: str
+
+
+class StdoutSinkConfig(_Section):
+    """The standard output, one JSON object a line."""
+
+    type: Literal["stdout"]
+
+
+class FileSinkConfig(_Section):
+    """A file, one JSON object a line, fsynced before a change counts as taken."""
+
+    type: Literal["file"]
+    path: Path
+
+
+SinkConfig = Annotated[StdoutSinkConfig | FileSinkConfig, Field(discriminator="type")]
+
+
+class HandlersConfig(_Section):
+    """The handlers, and how often one that raises is tried again."""
+
+    app: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
+    attempts: int = Field(5, ge=1)
+    backoff_seconds: Seconds = 0.2
+    max_backoff_seconds: Seconds = 30.0
+
+
+class MaskingConfig(_Section):
+    """The key of ``hash`` masks."""
+
+    key: SecretStr | None = None
+    key_file: Path | None = None
+
+    def secret(self) -> bytes | None:
+        """Return the key.
+
+        Raises:
+            ConfigError: ``key_file`` cannot be read.
+        """
+        text = _secret("masking.key", self.key, self.key_file)
+        return text.encode() if text else None
+
+
+class StreamConfig(_Section):
+    """How long things may take.
+
+    ``drain_seconds`` bounds what a stop waits for; after ``release_after_seconds`` without progress
+    of a handler the slot is given up. Reconnecting starts at ``reconnect_seconds`` and doubles to
+    ``max_reconnect_seconds``; after a shutdown of the server it waits ``after_shutdown_seconds``.
+    """
+
+    drain_seconds: Seconds = 10.0
+    release_after_seconds: Seconds = 300.0
+    reconnect_seconds: Seconds = 0.5
+    max_reconnect_seconds: Seconds = 30.0
+    after_shutdown_seconds: Seconds = 10.0
+
+
+class LogConfig(_Section):
+    """Logging to stderr.
+
+    ``error_messages`` lets the text of handlers' exceptions into the log: it may hold row values.
+    """
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+    error_messages: bool = False
+
+
+class Config(BaseSettings):
+    """Everything that can be configured."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    postgres: PostgresConfig = PostgresConfig()
+    slot: SlotConfig = SlotConfig()
+    routes: list[RouteConfig] = []
+    sinks: dict[str, SinkConfig] = {}
+    handlers: HandlersConfig = HandlersConfig()
+    masking: MaskingConfig = MaskingConfig()
+    stream: StreamConfig = StreamConfig()
+    log: LogConfig = LogConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let the environment win over the file, whose content comes as arguments."""
+        del dotenv_settings, file_secret_settings
+        return env_settings, init_settings
+
+
+def load(file: Path | None = None) -> Config:
+    """Read the configuration.
+
+    Args:
+        file: a TOML file; None for ``walstream.toml`` in the current folder, if there is one.
+
+    Raises:
+        ConfigError: with one sentence for each mistake.
+    """
+    if file is None and DEFAULT_FILE.is_file():
+        file = DEFAULT_FILE
+    if file is None:
+        return parse({})
+    return parse(_read(file), source=str(file))
+
+
+def parse(content: Mapping[str, Any], *, source: str = "environment") -> Config:
+    """Check the content of a configuration file, together with the environment.
+
+    Args:
+        content: what TOML gives.
+        source: where it came from, for messages.
+
+    Raises:
+        ConfigError: with one sentence for each mistake.
+    """
+    config = None
+    problems = []
+    try:
+        config = Config(**content)
+        content = config.model_dump()
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors()]
+    problems += _dangling(content)
+    if config is None or problems:
+        raise ConfigError([f"{source}: {problem}" for problem in problems])
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{file}: cannot be read: {error.strerror}"]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file}: is not TOML: {error}"]) from None
+
+
+def _dangling(content: Mapping[str, Any]) -> list[str]:
+    """Name the routes that lead to a sink that is not there.
+
+    Looked up in what was written, so that these mistakes are told together with the others.
+    """
+    routes, sinks = content.get("routes"), content.get("sinks") or {}
+    if not isinstance(routes, list) or not isinstance(sinks, Mapping):
+        return []
+    known = ", ".join(sinks) or "none, there is no [sinks.<name>]"
+    return [
+        f"routes[{index}].to: found {route['to']!r}; allowed: {known}"
+        for index, route in enumerate(routes)
+        if isinstance(route, Mapping)
+        and isinstance(route.get("to"), str)
+        and route["to"] not in sinks
+    ]
+
+
+_SECRETS: Final = {"dsn", "replication_dsn", "key"}
+
+_ALLOWED: Final = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "path_type": "a path",
+    "too_short": "at least one",
+    "string_too_short": "at least one character",
+    "string_too_long": "at most 63 characters",
+}
+
+_PATTERNS: Final = {
+    "slot.name": "lower-case letters, digits and underscores, at most 63",
+    "handlers.app": "module:name, such as handlers:stream",
+}
+
+
+def _problem(detail: Any) -> str:
+    """Turn one of pydantic's errors into key path, what was found, and what is allowed."""
+    location = _location(detail["loc"])
+    path = _path(location)
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "missing":
+        return f"{path}: is missing"
+    if kind == "extra_forbidden":
+        return f"{path}: is not a key; allowed: {', '.join(_keys(location[:-1]))}"
+    if kind == "value_error":
+        return f"{path}: {context['error']}"
+    if kind == "union_tag_not_found":
+        return f"{path}.type: is missing; allowed: 'stdout' or 'file'"
+    if kind == "union_tag_invalid":
+        return f"{path}.type: found {context['tag']!r}; allowed: {context['expected_tags']}"
+    found = "a value" if location[-1] in _SECRETS else repr(detail["input"])
+    return f"{path}: found {found}; allowed: {_allowed(path, kind, context, detail['msg'])}"
+
+
+def _allowed(path: str, kind: str, context: Mapping[str, Any], message: str) -> str:
+    match kind:
+        case "literal_error":
+            return str(context["expected"])
+        case "string_pattern_mismatch":
+            return _PATTERNS.get(path, str(context["pattern"]))
+        case "greater_than":
+            return f"more than {context['gt']}"
+        case "greater_than_equal":
+            return f"at least {context['ge']}"
+        case _:
+            return _ALLOWED.get(kind, message)
+
+
+def _location(parts: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Leave out the type of a sink, which pydantic inserts behind its name."""
+    has_tag = len(parts) > 2 and parts[0] == "sinks"  # noqa: PLR2004 - sinks, name, type
+    return (*parts[:2], *parts[3:]) if has_tag else parts
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")
+
+
+def _keys(location: tuple[int | str, ...]) -> list[str]:
+    """List the keys that are allowed at a place."""
+    model: Any = Config
+    match location:
+        case ():
+            pass
+        case ("routes", _):
+            model = RouteConfig
+        case ("routes", _, "columns"):
+            model = ColumnsConfig
+        case ("sinks", _):
+            return ["type", "path"]
+        case (str(section),):
+            model = Config.model_fields[section].annotation
+    return list(model.model_fields)
+
+
+def _secret(key: str, value: SecretStr | None, file: Path | None) -> str | None:
+    if value is not None and file is not None:
+        raise ConfigError([f"{key}: is given twice, as {key} and as {key}_file"])
+    if value is not None:
+        return value.get_secret_value()
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError([f"{key}_file: {file} cannot be read: {error.strerror}"]) from None
+    try:
+        if key.endswith("dsn"):
+            postgres.check_dsn(text)
+    except ValueError as error:
+        raise ConfigError([f"{key}_file: {file} {error}"]) from None
+    return text

@@ -1,0 +1,315 @@
+"""The composition root: builds the path of a change, and keeps it going.
+
+A session ends for a reason. Here, and only here, it is decided what the reason means: an
+`Unavailable` is waited out, everything else goes up to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import assert_never
+
+import msgspec
+import structlog
+
+from walstream.acknowledger import Acknowledger
+from walstream.catalog import Catalog
+from walstream.config import Config, FileSinkConfig, RouteSpec, SinkConfig, StdoutSinkConfig
+from walstream.connection import ReplicationConnection
+from walstream.decoder import START_OPTIONS, Decoder
+from walstream.delivery import Delivery, Handler, RetryPolicy, Sink
+from walstream.errors import (
+    PluginTooOld,
+    ServerShutdown,
+    SlotMissing,
+    Unavailable,
+    UsageError,
+)
+from walstream.lsn import ZERO, Lsn
+from walstream.postgres import python_encoding
+from walstream.preflight import verify_routes, verify_server
+from walstream.pushdown import server_side_filter
+from walstream.router import Router
+from walstream.sinks.file import FileSink
+from walstream.sinks.stdout import StdoutSink
+from walstream.slots import create_slot, usable_slot
+from walstream.stream import STATUS_INTERVAL_SECONDS, Counts, LostChanges, Session
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
+
+class RouteSummary(msgspec.Struct, frozen=True):
+    """What became of one route's changes."""
+
+    name: str
+    matched: int
+    filtered: int
+    absent: int
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """What a run has done."""
+
+    transactions: int
+    changes: int
+    delivered: int
+    retries: int
+    sessions: int
+    lost: int
+    flush_lsn: Lsn
+    routes: tuple[RouteSummary, ...]
+
+
+class Daemon:
+    """Streams with one configuration, through lost connections and restarts of the server."""
+
+    def __init__(
+        self,
+        config: Config,
+        handlers: Sequence[tuple[RouteSpec, Handler]] = (),
+        *,
+        sinks: Sequence[tuple[RouteSpec, Sink]] = (),
+        temporary_slot: bool = False,
+        reconnect: bool = True,
+        until: str | None = None,
+    ) -> None:
+        """Build everything that needs no connection.
+
+        Args:
+            config: what to do.
+            handlers: what was attached to the application.
+            sinks: destinations besides those of the configuration.
+            temporary_slot: stream from now on through a slot that ends with the connection.
+            reconnect: whether to wait out what is `Unavailable`.
+            until: an LSN, or ``now``.
+
+        Raises:
+            UsageError: ``until`` is neither, or nothing is routed anywhere.
+            ConfigError: a route cannot be made.
+        """
+        self._config = config
+        self._until_now = until == "now"
+        self._until = None if until is None or self._until_now else _parse_until(until)
+        self._temporary_slot = temporary_slot
+        self._reconnect = reconnect
+        masking_key = config.masking.secret()
+        self._sinks = [_sink(name, sink) for name, sink in config.sinks.items()]
+        self._sinks += [sink for _, sink in sinks]
+        by_name = {sink.name: sink for sink in self._sinks}
+        routes = [spec.route(handler.name, handler, masking_key) for spec, handler in handlers]
+        routes += [spec.route(sink.name, sink, masking_key) for spec, sink in sinks]
+        routes += [
+            spec.route(f"routes[{index}]", by_name[spec.to], masking_key)
+            for index, spec in enumerate(config.routes)
+        ]
+        if not routes:
+            raise UsageError(
+                "nothing is routed anywhere",
+                hint="attach a handler (walstream run module:name) or write a [[routes]] into the"
+                " configuration file",
+            )
+        self.router = Router(routes)
+        self._catalog = Catalog(
+            config.postgres.catalog_dsn(),
+            application_name=f"{config.postgres.application_name} catalog"[:63],
+        )
+        self._delivery = Delivery(
+            RetryPolicy(
+                attempts=config.handlers.attempts,
+                backoff_seconds=config.handlers.backoff_seconds,
+                max_backoff_seconds=config.handlers.max_backoff_seconds,
+            ),
+            show_error_messages=config.log.error_messages,
+        )
+        self._lost = LostChanges()
+        self._acknowledger = Acknowledger(ZERO)
+        self._counts = Counts()
+        self._sessions = 0
+        self._session: Session | None = None
+        self._stopped = asyncio.Event()
+        self._numbers_as_strings = True
+
+    def stop(self) -> None:
+        """Finish the transaction that is being delivered, confirm what is taken, and return."""
+        self._stopped.set()
+        if self._session is not None:
+            self._session.stop()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a handler's function still runs although `run` has returned."""
+        return self._delivery.is_busy
+
+    def summary(self) -> Summary:
+        """Say what has been done so far."""
+        return Summary(
+            transactions=self._counts.transactions,
+            changes=self._counts.changes,
+            delivered=self._delivery.delivered,
+            retries=self._delivery.retries,
+            sessions=self._sessions,
+            lost=self._lost.counts.total(),
+            flush_lsn=self._acknowledger.flush_lsn,
+            routes=tuple(
+                RouteSummary(route.name, counts.matched, counts.filtered, counts.absent)
+                for route, counts in zip(self.router.routes, self.router.counts, strict=True)
+            ),
+        )
+
+    async def run(self) -> Summary:
+        """Stream until `stop`, or until the wished position is acknowledged.
+
+        Raises:
+            WalstreamError: what cannot be waited out.
+        """
+        async with AsyncExitStack() as opened:
+            opened.callback(self._delivery.close)
+            opened.push_async_callback(self._catalog.close)
+            for sink in self._sinks:
+                await sink.open()
+                opened.push_async_callback(sink.close)
+            await self._keep_streaming()
+        return self.summary()
+
+    async def _keep_streaming(self) -> None:
+        failures = 0
+        while not self._stopped.is_set():
+            sessions = self._sessions
+            try:
+                await self._stream()
+            except Unavailable as reason:
+                if not self._reconnect:
+                    raise
+                failures = failures + 1 if self._sessions == sessions else 1
+                await self._wait_out(reason, failures)
+            else:
+                return
+
+    async def _wait_out(self, reason: Unavailable, failures: int) -> None:
+        """Pause before the next attempt, longer each time, or until `stop`."""
+        stream = self._config.stream
+        seconds = min(stream.reconnect_seconds * 2 ** (failures - 1), stream.max_reconnect_seconds)
+        seconds *= random.uniform(0.75, 1.25)  # noqa: S311 - spreading, not secrecy
+        if isinstance(reason, ServerShutdown):
+            seconds = stream.after_shutdown_seconds
+        log.warning(
+            "reconnecting",
+            reason=type(reason).__name__,
+            error=reason.message,
+            pause_seconds=round(seconds, 2),
+        )
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopped.wait()
+        except TimeoutError:
+            pass
+
+    async def _stream(self) -> None:
+        """Stream through one connection."""
+        config = self._config
+        server = await self._catalog.server()
+        verify_server(server)
+        await verify_routes(self._catalog, self.router.routes)
+        if self._until_now and self._until is None:
+            self._until = server.flush_lsn
+        async with await ReplicationConnection.open(
+            config.postgres.streaming_dsn(),
+            application_name=config.postgres.application_name,
+            on_notice=self._lost.notice,
+        ) as connection:
+            confirmed = await self._slot(connection)
+            await self._start(connection)
+            self._acknowledger = Acknowledger(confirmed)
+            self._delivery.attach(self._acknowledger)
+            self.router.unbind()
+            self._sessions += 1
+            log.info(
+                "streaming",
+                slot=config.slot.name,
+                confirmed_flush_lsn=str(confirmed),
+                routes=len(self.router.routes),
+            )
+            self._session = Session(
+                connection,
+                self._catalog,
+                Decoder(encoding=python_encoding(server.encoding)),
+                self.router,
+                self._delivery,
+                self._acknowledger,
+                self._counts,
+                drain_seconds=config.stream.drain_seconds,
+                release_after_seconds=config.stream.release_after_seconds,
+                status_interval_seconds=_status_interval(server.wal_sender_timeout_seconds),
+                until=self._until,
+            )
+            if self._stopped.is_set():
+                self._session.stop()
+            try:
+                await self._session.run()
+            finally:
+                self._session = None
+                log.info("stream_ended", flush_lsn=str(self._acknowledger.flush_lsn))
+
+    async def _slot(self, connection: ReplicationConnection) -> Lsn:
+        """Find the slot, or create it when that is wished; return its position."""
+        name = self._config.slot.name
+        if self._temporary_slot:
+            created = await create_slot(connection, self._catalog, name, temporary=True)
+            return created.consistent_point
+        try:
+            status = await usable_slot(self._catalog, name)
+        except SlotMissing:
+            if not self._config.slot.create:
+                raise
+            return (await create_slot(connection, self._catalog, name)).consistent_point
+        return status.confirmed_flush_lsn or ZERO
+
+    async def _start(self, connection: ReplicationConnection) -> None:
+        """Start with the options that the installed wal2json knows.
+
+        Without ``numeric-data-types-as-string``, which came with wal2json 2.6, NaN and infinity in
+        float and numeric columns arrive as null.
+        """
+        options = {**START_OPTIONS, **await server_side_filter(self._catalog, self.router.routes)}
+        name = self._config.slot.name
+        if self._numbers_as_strings:
+            try:
+                await connection.start(name, {**options, "numeric-data-types-as-string": "1"})
+            except PluginTooOld:
+                self._numbers_as_strings = False
+                log.info(
+                    "plugin_limited",
+                    missing="numeric-data-types-as-string",
+                    hint="before wal2json 2.6 NaN and infinity in float and numeric columns arrive"
+                    " as null",
+                )
+            else:
+                return
+        await connection.start(name, options)
+
+
+def _sink(name: str, config: SinkConfig) -> Sink:
+    match config:
+        case StdoutSinkConfig():
+            return StdoutSink(name)
+        case FileSinkConfig():
+            return FileSink(name, config.path)
+        case _:
+            assert_never(config)
+
+
+def _parse_until(text: str) -> Lsn:
+    try:
+        return Lsn.parse(text)
+    except ValueError as error:
+        message = f"until: {error}"
+        raise UsageError(message, hint="give an LSN, or now") from None
+
+
+def _status_interval(wal_sender_timeout_seconds: float) -> float:
+    """Often enough that two lost status updates do not cost the connection."""
+    if wal_sender_timeout_seconds == 0:
+        return STATUS_INTERVAL_SECONDS
+    return min(wal_sender_timeout_seconds / 3, STATUS_INTERVAL_SECONDS)

@@ -1,0 +1,47 @@
+"""Logging to stderr: a terminal gets colours, anything else one JSON object a line.
+
+The standard output carries data only. Events have constant names; no row value, connection string
+or token is ever among their keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+
+Format = Literal["auto", "console", "json"]
+
+
+def configure(level: str = "info", log_format: Format = "auto") -> None:
+    """Set up structlog for the process.
+
+    Args:
+        level: the lowest level that is written.
+        log_format: ``auto`` is ``console`` when stderr is a terminal, ``json`` otherwise.
+    """
+    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    renderer: structlog.typing.Processor
+    if console:
+        # No local variables in tracebacks: they hold rows.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    else:
+        renderer = structlog.processors.JSONRenderer(sort_keys=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.EventRenamer("event"),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )

@@ -1,0 +1,412 @@
+r"""PostgreSQL's LIKE and regular expressions, by Python's ``re``.
+
+LIKE and ILIKE are exact (PostgreSQL documentation, 9.7.1). Advanced regular expressions (9.7.3) are
+translated where Python can say the same, and refused where it cannot: back references, collating
+elements, lookbehind of varying length, basic and expanded syntax. Whether a text matches depends
+neither on greediness nor on the order of alternatives, so those may differ.
+
+Case is folded as by glibc in a UTF-8 locale, exactly. Character classes are glibc's too, but beyond
+ASCII ``\w`` is Python's, and combining vowel signs are no letters.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import groupby
+from typing import Final
+from unicodedata import category
+
+from walstream.comparables import fold
+
+Matcher = Callable[[str], bool]
+"""Whether a text matches."""
+
+
+class PatternError(ValueError):
+    """PostgreSQL refuses the pattern, or Python cannot match it as PostgreSQL does."""
+
+
+def like(pattern: str, *, fold_case: bool = False) -> Matcher:
+    r"""Compile a LIKE pattern: ``%`` any text, ``_`` one character, ``\`` takes the next literally.
+
+    Raises:
+        PatternError: the pattern ends with a lone backslash.
+    """
+    if fold_case:
+        matches = like(fold(pattern))
+        return lambda text: matches(fold(text))
+    first, *others = _like_pieces(pattern)
+    if not others:
+        return _compiled(rf"\A{first}\Z")
+    # A piece between two % may match where it first can: as atomic groups they never try again,
+    # and the effort stays linear.
+    *middle, last = others
+    between = "".join(f"(?>.*?{piece})" for piece in middle if piece)
+    return _compiled(rf"\A{first}{between}.*{last}\Z")
+
+
+def regular_expression(pattern: str, *, fold_case: bool = False) -> Matcher:
+    """Compile an advanced regular expression; ``fold_case`` is what ``~*`` does.
+
+    Raises:
+        PatternError: it is none, or one that cannot be translated.
+    """
+    return _compiled(_Translation(pattern, fold_case=fold_case).translated())
+
+
+def _compiled(pattern: str) -> Matcher:
+    try:
+        search = re.compile(pattern, re.DOTALL).search
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PatternError(f"the pattern cannot be translated: {error}") from None
+    return lambda text: search(text) is not None
+
+
+_LIKE_TOKEN: Final = re.compile(r"\\(.)|(\\)|(%+)|(_)|(.)", re.DOTALL)
+
+
+def _like_pieces(pattern: str) -> list[str]:
+    """Translate what stands between the ``%``."""
+    pieces = [""]
+    for escaped, backslash, percent, underscore, plain in _LIKE_TOKEN.findall(pattern):
+        if backslash:
+            raise PatternError("a LIKE pattern must not end with a backslash, its escape character")
+        if percent:
+            pieces.append("")
+        else:
+            pieces[-1] += "." if underscore else re.escape(escaped or plain)
+    return pieces
+
+
+_DIRECTOR: Final = re.compile(r"\*\*\*([:=])?")
+_OPTIONS: Final = re.compile(r"\(\?([a-z]+)\)")
+_GROUP: Final = re.compile(r"\((?:\?(:|<?[=!]))?")
+_QUANTIFIER: Final = re.compile(r"(?:[*+?]|\{(\d+)(?:(,)(\d*))?\})\??")
+_MAX_REPEATS: Final = 255  # RE_DUP_MAX
+_WORD_EDGE: Final = re.compile(r"\[\[:([<>]):\]\]")
+_CLASS: Final = re.compile(r"\[:([a-z]*):\]")
+_NUMBERED: Final = (
+    re.compile(r"u([0-9A-Fa-f]{4})"),
+    re.compile(r"U([0-9A-Fa-f]{8})"),
+    re.compile(r"x([0-9A-Fa-f]+)"),
+)
+_OCTAL: Final = re.compile(r"0[0-7]{0,2}")
+_CONTROL: Final = re.compile(r"c(.)", re.DOTALL)
+_CHARACTERS: Final = {
+    "a": "\a",
+    "b": "\b",
+    "B": "\\",
+    "e": "\x1b",
+    "f": "\f",
+    "n": "\n",
+    "r": "\r",
+    "t": "\t",
+    "v": "\v",
+}
+_CONSTRAINTS: Final = {
+    "A": r"\A",
+    "Z": r"\Z",
+    "m": r"(?<!\w)(?=\w)",
+    "M": r"(?<=\w)(?!\w)",
+    "y": r"\b",
+    # Python's \B does not hold in an empty text.
+    "Y": r"(?!\b)",
+}
+_SHORTHANDS: Final = {"d": "digit", "s": "space", "w": "word"}
+_SPACES: Final = "\t-\r \u1680\u2000-\u2006\u2008-\u200a\u2028\u2029\u205f\u3000"
+_MAX_FOLDED_RANGE: Final = 100_000
+
+
+class _Translation:
+    """Reads an expression from left to right."""
+
+    def __init__(self, pattern: str, *, fold_case: bool) -> None:
+        self.pattern = pattern
+        self.position = 0
+        self.fold_case = fold_case
+        self.is_literal = False
+        self.stops_at_newline = False
+        """``.`` and ``[^a]`` do not match a line end."""
+        self.anchors_at_newline = False
+        """``^`` and ``$`` match at line ends too."""
+
+    def translated(self) -> str:
+        self.prefix()
+        if self.is_literal:
+            return "".join(map(self.character, self.pattern[self.position :]))
+        output: list[str] = []
+        groups: list[bool] = []
+        quantifiable = False
+        while self.position < len(self.pattern):
+            piece, quantifiable = self.piece(groups, quantifiable=quantifiable)
+            output.append(piece)
+        if groups:
+            raise PatternError("a parenthesis is not closed")
+        return "".join(output)
+
+    def prefix(self) -> None:
+        """Read the director and the options that an expression can begin with."""
+        director = self.take(_DIRECTOR)
+        if director and director[1] is None:
+            raise self.refused("***")
+        if director and director[1] == "=":
+            self.is_literal = True
+            return
+        options = self.take(_OPTIONS)
+        for option in options[1] if options else "":
+            self.option(option)
+
+    def option(self, option: str) -> None:
+        match option:
+            case "c" | "i":
+                self.fold_case = option == "i"
+            case "q":
+                self.is_literal = True
+            case "t":
+                pass  # tight syntax, which is the default
+            case "s" | "m" | "n" | "p" | "w":
+                self.stops_at_newline = option in "mnp"
+                self.anchors_at_newline = option in "mnw"
+            case _:
+                raise self.refused(f"the option {option!r}")
+
+    def piece(self, groups: list[bool], *, quantifiable: bool) -> tuple[str, bool]:
+        """Translate the next piece, and tell whether a quantifier may follow it."""
+        quantifier = self.take(_QUANTIFIER)
+        if quantifier:
+            return self.quantifier(quantifier, quantifiable=quantifiable), False
+        character = self.pattern[self.position]
+        if character == "(":
+            return self.opening(groups), False
+        self.position += 1
+        if character == ")" and groups:
+            return ")", groups.pop()
+        if character in "|^$":
+            return self.branch_or_anchor(character), False
+        return self.atom(character)
+
+    def branch_or_anchor(self, character: str) -> str:
+        if character == "|":
+            return "|"
+        if self.anchors_at_newline:
+            return f"(?m:{character})"
+        return r"\A" if character == "^" else r"\Z"
+
+    def atom(self, character: str) -> tuple[str, bool]:
+        match character:
+            case ".":
+                return (r"[^\n]" if self.stops_at_newline else "."), True
+            case "[":
+                return self.bracket()
+            case "\\":
+                return self.escape()
+            case ")":
+                raise PatternError("a parenthesis is closed that was not opened")
+            case "{" if self.pattern[self.position : self.position + 1].isdecimal():
+                raise PatternError("a repetition is written {m}, {m,} or {m,n}")
+            case _:
+                return self.character(character), True
+
+    def quantifier(self, found: re.Match[str], *, quantifiable: bool) -> str:
+        if not quantifiable:
+            raise PatternError("a quantifier follows nothing that can be repeated")
+        bounds = [int(bound) for bound in (found[1], found[3]) if bound]
+        if any(bound > _MAX_REPEATS for bound in bounds) or bounds != sorted(bounds):
+            raise PatternError(f"the bounds of a repetition go from 0 to {_MAX_REPEATS}")
+        return found[0]
+
+    def opening(self, groups: list[bool]) -> str:
+        """Open a group; what it captures does not matter. A lookaround cannot be repeated."""
+        found = self.take(_GROUP)
+        kind = found[1] if found else None
+        groups.append(kind in (None, ":"))
+        return f"(?{kind or ':'}"
+
+    def escape(self) -> tuple[str, bool]:
+        """Translate what follows a backslash."""
+        letter = self.pattern[self.position : self.position + 1]
+        if letter in _CONSTRAINTS:
+            self.position += 1
+            return _CONSTRAINTS[letter], False
+        if letter.lower() in _SHORTHANDS:
+            self.position += 1
+            return self.shorthand(letter), True
+        return self.character(self.escaped_character()), True
+
+    def shorthand(self, letter: str) -> str:
+        """The negated ones match line ends in every mode, since PostgreSQL 14."""
+        members = _class_members(_SHORTHANDS[letter.lower()])
+        return f"[{members}]" if letter.islower() else f"[^{members}]"
+
+    def escaped_character(self) -> str:
+        if self.position == len(self.pattern):
+            raise PatternError("a backslash stands at the end")
+        for numbered in _NUMBERED:
+            if found := self.take(numbered):
+                return self.code_point(found[1], 16)
+        if found := self.take(_OCTAL):
+            return self.code_point(found[0], 8)
+        if found := self.take(_CONTROL):
+            return chr(ord(found[1]) & 0x1F)
+        letter = self.pattern[self.position]
+        if letter.isalnum() and letter not in _CHARACTERS:
+            raise self.refused(f"\\{letter}")
+        self.position += 1
+        return _CHARACTERS.get(letter, letter)
+
+    def code_point(self, digits: str, base: int) -> str:
+        number = int(digits, base)
+        if number > sys.maxunicode:
+            raise PatternError(f"there is no character of number {digits}")
+        return chr(number)
+
+    def character(self, character: str) -> str:
+        variants = self.variants(character)
+        if len(variants) == 1:
+            return re.escape(variants[0])
+        return f"[{''.join(map(re.escape, variants))}]"
+
+    def variants(self, character: str) -> list[str]:
+        """With case folded a character stands for its lower and upper case, as in ``allcases``."""
+        if not self.fold_case:
+            return [character]
+        return list(dict.fromkeys((fold(character), _upper(character))))
+
+    def bracket(self) -> tuple[str, bool]:
+        """Translate a bracket expression from behind its opening bracket."""
+        edge = _WORD_EDGE.match(self.pattern, self.position - 1)
+        if edge:
+            self.position = edge.end()
+            return _CONSTRAINTS["m" if edge[1] == "<" else "M"], False
+        negated = self.skip("^")
+        members = [self.member()]
+        while not self.skip("]"):
+            members.append(self.member())
+        if negated and self.stops_at_newline:
+            members.append(r"\n")
+        return f"[{'^' if negated else ''}{''.join(members)}]", True
+
+    def member(self) -> str:
+        """Translate a class, a shorthand, a range or a character of a bracket expression."""
+        found = self.take(_CLASS)
+        if found:
+            return self.named_class(found[1])
+        if self.pattern.startswith("\\", self.position):
+            letter = self.pattern[self.position + 1 : self.position + 2]
+            if letter in _SHORTHANDS:
+                self.position += 2
+                return _class_members(_SHORTHANDS[letter])
+        start = self.endpoint()
+        following = self.pattern[self.position + 1 : self.position + 2]
+        if following in ("", "]") or not self.skip("-"):
+            return "".join(map(_in_brackets, self.variants(start)))
+        return self.range(start, self.endpoint())
+
+    def named_class(self, name: str) -> str:
+        if name not in _CLASSES and name not in _RANGES:
+            raise PatternError(f"there is no character class {name!r}")
+        if self.fold_case and name in ("upper", "lower"):
+            name = "alpha"
+        return _class_members(name)
+
+    def endpoint(self) -> str:
+        if self.position == len(self.pattern):
+            raise PatternError("a bracket is not closed")
+        character = self.pattern[self.position]
+        if self.pattern.startswith(("[.", "[=", "[:"), self.position):
+            raise self.refused(self.pattern[self.position : self.position + 2])
+        self.position += 1
+        return self.escaped_character() if character == "\\" else character
+
+    def range(self, start: str, end: str) -> str:
+        if start > end:
+            raise PatternError("a range in brackets ends before it starts")
+        members = f"{_in_brackets(start)}-{_in_brackets(end)}"
+        if not self.fold_case:
+            return members
+        if ord(end) - ord(start) > _MAX_FOLDED_RANGE:
+            raise PatternError("a range in brackets is too long to ignore case in it")
+        within = map(chr, range(ord(start), ord(end) + 1))
+        others = {variant for one in within for variant in self.variants(one)}
+        return members + "".join(sorted(map(_in_brackets, others)))
+
+    def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        found = pattern.match(self.pattern, self.position)
+        if found:
+            self.position = found.end()
+        return found
+
+    def skip(self, character: str) -> bool:
+        found = self.pattern.startswith(character, self.position)
+        self.position += found
+        return found
+
+    def refused(self, what: str) -> PatternError:
+        return PatternError(f"regular expressions with {what} are not supported")
+
+
+def _in_brackets(character: str) -> str:
+    return f"\\{character}" if character in r"\]^-[&~|" else character
+
+
+def _upper(character: str) -> str:
+    """Make upper-case as ``towupper`` does: to one character or not at all."""
+    for upper in (character.upper(), character.title()):
+        if len(upper) == 1:
+            return upper
+    return character
+
+
+def _is_alnum(character: str) -> bool:
+    return category(character) in ("Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl")
+
+
+def _is_printed(character: str) -> bool:
+    return category(character) not in ("Cc", "Cs", "Cn", "Zl", "Zp")
+
+
+def _is_graphic(character: str) -> bool:
+    return _is_printed(character) and not _IS_SPACE(character)
+
+
+_IS_SPACE: Final = re.compile(f"[{_SPACES}]").match
+
+_RANGES: Final = {
+    "ascii": "\x00-\x7f",
+    "blank": "\t ",
+    "cntrl": "\x00-\x1f\x7f-\x9f",
+    "digit": "0-9",
+    "space": _SPACES,
+    "word": r"\w",
+    "xdigit": "0-9A-Fa-f",
+}
+_CLASSES: Final[dict[str, Callable[[str], bool]]] = {
+    "alnum": _is_alnum,
+    "alpha": lambda one: _is_alnum(one) and one not in "0123456789",
+    "graph": _is_graphic,
+    "lower": lambda one: one.islower() or (one.istitle() and _upper(one) != one),
+    "print": _is_printed,
+    "punct": lambda one: _is_graphic(one) and not _is_alnum(one),
+    "upper": lambda one: one.isupper() or one.istitle(),
+}
+
+
+@cache
+def _class_members(name: str) -> str:
+    """Write a character class as the inside of a bracket expression."""
+    if name in _RANGES:
+        return _RANGES[name]
+    return "".join(
+        f"{_in_brackets(first)}-{_in_brackets(last)}" for first, last in _runs(_CLASSES[name])
+    )
+
+
+def _runs(belongs: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """Find the runs of characters that belong to a class."""
+    for is_member, run in groupby(map(chr, range(sys.maxunicode + 1)), key=belongs):
+        if is_member:
+            characters = list(run)
+            yield characters[0], characters[-1]

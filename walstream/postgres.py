@@ -1,0 +1,269 @@
+"""Connecting to PostgreSQL: connection strings, pinned settings, and what its errors mean.
+
+The one place where a server's error becomes one of ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import TupleRow
+
+from walstream.errors import (
+    AccessRefused,
+    ConnectionLost,
+    DatabaseUnfit,
+    PluginMissing,
+    PluginRefused,
+    PluginTooOld,
+    RelationMissing,
+    ServerFailed,
+    ServerShutdown,
+    SlotBusy,
+    SlotCreationBlocked,
+    SlotExhausted,
+    SlotLost,
+    SlotMissing,
+    SlotUnfit,
+    WalstreamError,
+)
+
+SESSION_SETTINGS: Final = {
+    "bytea_output": "hex",
+    "DateStyle": "ISO, MDY",
+    "IntervalStyle": "postgres",
+    "TimeZone": "'UTC'",
+    "extra_float_digits": "1",
+    "xmlbinary": "base64",
+    "search_path": "pg_catalog",
+}
+"""As SQL writes them. What values look like in a session, whatever the role or the database says.
+
+wal2json prints values by the settings of its session (``escape`` corrupts bytea silently, its issue
+301). Set by plain SET, because poolers drop ``options=``. An empty path of schemas makes every name
+that the server prints or reads a qualified one.
+"""
+
+_CONNECT_DEFAULTS: Final = {
+    "connect_timeout": "10",
+    # A peer that vanished without a word is noticed within a minute, not within two hours.
+    "keepalives_idle": "15",
+    "keepalives_interval": "5",
+    "keepalives_count": "6",
+    "tcp_user_timeout": "45000",
+}
+
+
+_PYTHON_ENCODINGS: Final = {
+    "EUC_CN": "gb2312",
+    "EUC_JIS_2004": "euc_jis_2004",
+    "EUC_JP": "euc_jp",
+    "EUC_KR": "euc_kr",
+    "ISO_8859_5": "iso8859-5",
+    "ISO_8859_6": "iso8859-6",
+    "ISO_8859_7": "iso8859-7",
+    "ISO_8859_8": "iso8859-8",
+    "KOI8R": "koi8-r",
+    "KOI8U": "koi8-u",
+    **{f"LATIN{number}": f"latin{number}" for number in range(1, 11)},
+    "SQL_ASCII": "utf-8",
+    "UTF8": "utf-8",
+    "WIN866": "cp866",
+    "WIN874": "cp874",
+    **{f"WIN{page}": f"cp{page}" for page in range(1250, 1259)},
+}
+
+
+def python_encoding(encoding: str) -> str:
+    """Return Python's name of a database's encoding (PostgreSQL documentation, 24.3.1).
+
+    SQL_ASCII says nothing about the text; it is read as UTF-8, and refused where it is not.
+
+    Raises:
+        DatabaseUnfit: Python has no such encoding (EUC_TW, MULE_INTERNAL).
+    """
+    try:
+        return _PYTHON_ENCODINGS[encoding]
+    except KeyError:
+        message = f"the database's encoding is {encoding}, which Python cannot read"
+        raise DatabaseUnfit(message, hint="use a database in UTF8") from None
+
+
+def check_dsn(dsn: str) -> None:
+    """Refuse a connection string that libpq cannot read.
+
+    Raises:
+        ValueError: the reason, without the string, which may hold a password.
+    """
+    try:
+        conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        message = (
+            "is not a connection string; one looks like postgresql://user@host:5432/database"
+            " or host=... dbname=..."
+        )
+        raise ValueError(message) from None
+
+
+async def connect(
+    dsn: str, *, application_name: str, replication: bool = False
+) -> AsyncConnection[TupleRow]:
+    """Open a connection, in autocommit mode, with `SESSION_SETTINGS`.
+
+    TLS, several hosts, service and password files are libpq's: whatever the connection string and
+    the ``PG...`` environment variables say.
+
+    Raises:
+        Unavailable: the server cannot be reached, or not now.
+        SetupError: the server refuses.
+    """
+    given = conninfo_to_dict(dsn)
+    options: dict[str, Any] = {
+        name: value for name, value in _CONNECT_DEFAULTS.items() if name not in given
+    }
+    options["fallback_application_name"] = application_name
+    if replication:
+        options["replication"] = "database"
+    try:
+        connection = await AsyncConnection.connect(
+            make_conninfo(dsn, **options), autocommit=True, prepare_threshold=None
+        )
+    except psycopg.Error as error:
+        raise connect_error(error) from error
+    try:
+        await _pin_settings(connection)
+    except psycopg.Error as error:
+        await connection.close()
+        raise server_error(error) from error
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+async def _pin_settings(connection: AsyncConnection[TupleRow]) -> None:
+    for name, value in SESSION_SETTINGS.items():
+        await connection.execute(f"SET {name} TO {value}".encode())
+
+
+def connect_error(error: psycopg.Error) -> WalstreamError:
+    """Say what a failed attempt to connect means.
+
+    libpq gives no SQLSTATE for these, only the server's text.
+    """
+    text = " ".join(str(error).split())
+    refused = (
+        "password authentication failed",
+        "no password supplied",
+        "no pg_hba.conf entry",
+        "pg_hba.conf rejects",
+        "role ",
+        "permission denied for database",
+        "must be superuser or replication role",
+        "certificate",
+        "Peer authentication failed",
+    )
+    if "shutting down" in text:
+        return ServerShutdown("the server is shutting down")
+    if "must be superuser or replication role" in text or "REPLICATION attribute" in text:
+        return AccessRefused(
+            "the role may not use replication",
+            hint="ALTER ROLE <role> REPLICATION; see sql/01_role.sql",
+        )
+    if "database " in text and "does not exist" in text:
+        return DatabaseUnfit(f"the database cannot be opened: {_last(text)}", hint="check the dsn")
+    if "number of requested standby connections exceeds" in text:
+        return SlotExhausted(
+            "all walsenders of the server are in use", hint="raise max_wal_senders and restart"
+        )
+    if any(word in text for word in refused):
+        return AccessRefused(
+            f"the server refused the connection: {_last(text)}",
+            hint="check role, password, sslmode, and the server's pg_hba.conf",
+        )
+    return ConnectionLost(f"no connection to the server: {_last(text)}")
+
+
+def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911, PLR0912 - one table
+    """Say what an error on an open connection means, who must act, and how."""
+    state = error.sqlstate
+    text = error.diag.message_primary or " ".join(str(error).split())
+    match state:
+        case None | "08006" | "08003" | "08000":
+            return ConnectionLost(f"the connection was cut: {_last(text)}")
+        case "57P01" | "57P02" | "57P03" | "57P05":
+            return ServerShutdown(f"the server ended the connection: {text}")
+        case "42501" if "output plugin" in text:
+            return PluginRefused(
+                f"the server refuses wal2json: {text}"
+                + (f" ({error.diag.message_detail})" if error.diag.message_detail else ""),
+                hint=ALLOW_PLUGIN,
+            )
+        case "42501":
+            return AccessRefused(
+                f"the role lacks a right: {text}",
+                hint="grant what sql/01_role.sql grants; replication needs the REPLICATION attribute",
+            )
+        case "58P01" if "wal2json" in text:
+            return PluginMissing(f"wal2json is not installed: {text}", hint=INSTALL_PLUGIN)
+        case "55006":
+            return SlotBusy(text)
+        case "55P03":
+            return SlotCreationBlocked("the slot's creation waits for running transactions")
+        case "42704" if "slot" in text:
+            return SlotMissing(
+                text, hint="walstream slot create, or create = true under [slot]"
+            )
+        case "42P01" | "42703" | "3F000":
+            return RelationMissing(text)
+        case "53400":
+            return SlotExhausted(
+                text, hint="drop slots that nobody uses, or raise max_replication_slots and restart"
+            )
+        case "53300":
+            return SlotExhausted(text, hint="raise max_connections or max_wal_senders")
+        case "55000" if "can no longer" in text or "invalidated" in text:
+            return SlotLost(
+                f"the slot is lost, changes are missing: {text}",
+                hint="drop and create the slot, then bring the missing changes over by other means;"
+                " max_slot_wal_keep_size bounds what a slot may retain",
+            )
+        case "55000" if "wal_level" in text:
+            return DatabaseUnfit(text, hint=RAISE_WAL_LEVEL)
+        case "55000":
+            return SlotUnfit(text, hint="use a slot of this database, made for wal2json")
+        case "22023" if "unknown" in text:
+            return PluginTooOld(
+                f"an option that wal2json is given is not one that it knows: {text}",
+                hint="walstream needs wal2json 2.5 or later on the server",
+            )
+        case "22023":
+            return SlotUnfit(text, hint="is it a slot for wal2json?")
+        case "08P01":
+            return DatabaseUnfit(
+                f"replication does not pass: {text}",
+                hint="a pooler cannot carry replication: give the server's own address as"
+                " replication_dsn and the pooler's as dsn",
+            )
+        case _:
+            return ServerFailed(f"the server reports: {text} (SQLSTATE {state})")
+
+
+INSTALL_PLUGIN: Final = (
+    "install it on the server: apt-get install postgresql-<version>-wal2json on Debian and Ubuntu,"
+    " dnf install wal2json_<version> on the PGDG's RPM repositories; no restart is needed"
+)
+ALLOW_PLUGIN: Final = (
+    "add wal2json to output_plugin_libraries, keeping what is there, and reload: ALTER SYSTEM SET"
+    " output_plugin_libraries = pgoutput, test_decoding, wal2json; SELECT pg_reload_conf();"
+    " see sql/03_output_plugin_libraries.sql"
+)
+RAISE_WAL_LEVEL: Final = "ALTER SYSTEM SET wal_level = logical; then restart the server"
+
+
+def _last(text: str) -> str:
+    """Return the end of libpq's message: with several hosts the last attempt is what counts."""
+    return text.rsplit("connection failed: ", maxsplit=1)[-1]

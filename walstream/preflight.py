@@ -1,0 +1,78 @@
+"""What must be right before streaming starts: the fatal part of ``walstream check``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Final
+
+from walstream.catalog import Catalog, Server
+from walstream.changes import Relation
+from walstream.errors import ConfigError, DatabaseUnfit, RelationMissing, SetupError
+from walstream.filters import literals
+from walstream.postgres import RAISE_WAL_LEVEL
+from walstream.router import Route
+
+OLDEST_VERSION: Final = 140_000
+"""PostgreSQL 14 is the oldest version that is supported upstream."""
+
+
+def verify_server(server: Server) -> None:
+    """Refuse a server that cannot stream.
+
+    Raises:
+        DatabaseUnfit: its version or its wal_level.
+    """
+    if server.version < OLDEST_VERSION:
+        message = f"the server is PostgreSQL {server.version // 10_000}; 14 or later is needed"
+        raise DatabaseUnfit(message)
+    if server.wal_level != "logical":
+        message = f"wal_level is {server.wal_level}; logical decoding needs logical"
+        raise DatabaseUnfit(message, hint=RAISE_WAL_LEVEL)
+
+
+async def verify_routes(catalog: Catalog, routes: Iterable[Route]) -> None:
+    """Check the routes that name one table against the database.
+
+    Raises:
+        ConfigError: tables and columns that are not there, filters that do not fit their types;
+            one sentence for each.
+    """
+    problems = []
+    for route in routes:
+        try:
+            await verify_route(catalog, route)
+        except SetupError as error:
+            problems.append(f"{route.name}: {error.message}")
+    if problems:
+        raise ConfigError(problems)
+
+
+async def verify_route(catalog: Catalog, route: Route) -> None:
+    """Check one route against the database; one whose table is a pattern fits anything.
+
+    Raises:
+        RelationMissing: its table or one of its columns is not there.
+        FilterError: its filter does not fit its columns' types.
+    """
+    relation = route.pattern.relation
+    if relation is None:
+        return
+    table = await catalog.table(relation)
+    if table is None:
+        raise await _missing(catalog, relation)
+    columns = {column.name: column.typeoid for column in table.columns}
+    await catalog.learn_types(columns.values())
+    if route.projection is not None:
+        route.projection.check(columns, relation)
+    if route.where is not None:
+        await catalog.normalise(literals(route.where, columns, catalog.types))
+
+
+async def _missing(catalog: Catalog, relation: Relation) -> RelationMissing:
+    """Say which table is missing, and which there are that may have been meant."""
+    known = await catalog.tables("*", "*")
+    near = difflib.get_close_matches(str(relation), map(str, known), n=3)
+    near += [str(other) for other in known if other.name == relation.name and str(other) not in near]
+    meant = f"; is {' or '.join(near)} meant?" if near else ""
+    return RelationMissing(f"the table {relation} does not exist{meant}")

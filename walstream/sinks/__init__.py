@@ -1,0 +1,1 @@
+"""Destinations that keep changes. Each is one module; `walstream.delivery.Sink` is the contract."""

@@ -1,0 +1,292 @@
+"""One streaming session: the path of a change, from the socket to the status update.
+
+    connection --bytes--> protocol --> decoder --change--> router --> delivery --> handlers, sinks
+        ^                                                                | taken
+        +---------- status update <-- flush_lsn <-- acknowledger <-------+
+
+A batch is what one read of the socket brought. It is decoded and routed as a whole, delivered in
+commit order, and only then is the next one read: a slow handler holds up the reading, the socket
+fills, and the server waits. That is what bounds memory.
+
+Status updates have a clock of their own, so that a slow handler does not cost the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import Counter
+from typing import Final
+
+import msgspec
+import structlog
+
+from walstream.acknowledger import Acknowledger, Ticket
+from walstream.catalog import Catalog
+from walstream.changes import Begin, Change, Commit, Layout, Message
+from walstream.connection import ReplicationConnection
+from walstream.decoder import Decoder, UnknownLayout
+from walstream.delivery import Delivery, Handed
+from walstream.errors import DecodeError, HandlerStuck, ServerShutdown, Unavailable, WalstreamError
+from walstream.lsn import Lsn
+from walstream.protocol import PrimaryKeepalive, parse, status_update
+from walstream.router import Router
+from walstream.values import UnknownLabel
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.stream")
+
+STATUS_INTERVAL_SECONDS: Final = 10.0
+"""The longest time between two status updates, as with pg_recvlogical."""
+
+WATCH_SECONDS: Final = 1.0
+"""How often a delivery that takes its time is looked at."""
+
+FINISH_SECONDS: Final = 5.0
+"""How long the server gets to read the last status update."""
+
+
+class Counts(msgspec.Struct):
+    """What has been received: whole transactions, changes and messages inside and outside them."""
+
+    transactions: int = 0
+    changes: int = 0
+    messages: int = 0
+
+
+class LostChanges:
+    """Changes that the server announces that it cannot send: updates and deletes of tables without
+    a replica identity."""
+
+    _NOTICE: Final = re.compile(r"no tuple identifier for (UPDATE|DELETE) in table (.+)")
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """By operation (``update`` or ``delete``) and table."""
+
+    def notice(self, sqlstate: str, text: str) -> None:
+        """Take a notice of the server; log the first one of each table."""
+        matched = self._NOTICE.search(text)
+        if matched is None:
+            log.info("server_notice", sqlstate=sqlstate, text=text)
+            return
+        operation, table = matched[1].lower(), matched[2]
+        self.counts[operation, table] += 1
+        if sum(count for (_, name), count in self.counts.items() if name == table) == 1:
+            log.error(
+                "changes_lost",
+                table=table,
+                operation=operation,
+                hint="Postgres does not send updates and deletes of a table without a replica"
+                f" identity: ALTER TABLE {table} REPLICA IDENTITY FULL, or give it a primary key",
+            )
+
+
+class Session:
+    """Streams from one started connection until it is stopped, or something stops it."""
+
+    def __init__(  # noqa: PLR0913 - the composition root hands over each part of the path once
+        self,
+        connection: ReplicationConnection,
+        catalog: Catalog,
+        decoder: Decoder,
+        router: Router,
+        delivery: Delivery,
+        acknowledger: Acknowledger,
+        counts: Counts,
+        *,
+        drain_seconds: float,
+        release_after_seconds: float,
+        status_interval_seconds: float = STATUS_INTERVAL_SECONDS,
+        until: Lsn | None = None,
+    ) -> None:
+        self._connection = connection
+        self._catalog = catalog
+        self._decoder = decoder
+        self._router = router
+        self._delivery = delivery
+        self._acknowledger = acknowledger
+        self._drain_seconds = drain_seconds
+        self._release_after_seconds = release_after_seconds
+        self._status_interval_seconds = status_interval_seconds
+        self._until = until
+        self._reached_until = False
+        self._stopping = False
+        self._stopped_because: WalstreamError | None = None
+        self._deadline: asyncio.Timeout | None = None
+        self._ticket: Ticket | None = None
+        self._counts = counts
+
+    def stop(self, because: WalstreamError | None = None) -> None:
+        """Finish the transaction that is being delivered, confirm what is taken, and end.
+
+        After ``drain_seconds`` the session ends in any case; what was not taken comes again.
+
+        Args:
+            because: raised by `run` at the end, when it is not a stop that was wished for.
+        """
+        if self._stopping:
+            return
+        self._stopping = True
+        self._stopped_because = because
+        if self._deadline is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._drain_seconds)
+        self._connection.wake()
+
+    async def run(self) -> None:
+        """Stream; return after `stop`, or when ``until`` is acknowledged.
+
+        Raises:
+            WalstreamError: what else ended the session. What was taken before is confirmed as far
+                as the connection still allows.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                reporting = group.create_task(self._report())
+                await self._drained()
+                reporting.cancel()
+        except ExceptionGroup as failures:
+            await self._confirm()
+            raise failures.exceptions[0] from None
+        await self._confirm()
+        if self._stopped_because is not None:
+            raise self._stopped_because
+
+    async def _drained(self) -> None:
+        try:
+            async with asyncio.timeout(None) as self._deadline:
+                await self._pump()
+        except TimeoutError:
+            log.warning(
+                "drain_incomplete",
+                drain_seconds=self._drain_seconds,
+                in_flight=self._acknowledger.in_flight,
+                flush_lsn=str(self._acknowledger.flush_lsn),
+            )
+
+    async def _pump(self) -> None:
+        while not self._is_done():
+            batch = await self._connection.read()
+            handed, reply_requested = await self._receive(batch)
+            complete = await self._delivery.deliver(handed, stopping=lambda: self._stopping)
+            if not complete:
+                return
+            if reply_requested:
+                self._send_status()
+
+    def _is_done(self) -> bool:
+        if self._reached_until:
+            return True
+        if self._until is not None and self._acknowledger.flush_lsn >= self._until:
+            return True
+        # In the middle of a transaction whose delivery has begun, the rest is waited for.
+        return self._stopping and not self._delivery.is_inside(self._ticket)
+
+    async def _receive(self, batch: list[bytes]) -> tuple[list[Handed], bool]:
+        """Decode and route the messages of a batch."""
+        handed: list[Handed] = []
+        reply_requested = False
+        for data in batch:
+            message = parse(data)
+            if isinstance(message, PrimaryKeepalive):
+                self._acknowledger.keepalive(Lsn(message.wal_end))
+                reply_requested = reply_requested or message.reply_requested
+                continue
+            try:
+                decoded = await self._decode(message.record)
+            except DecodeError as error:
+                text = f"at {Lsn(message.data_start)}: {error.message}"
+                raise DecodeError(text, hint=error.hint) from None
+            if isinstance(decoded, Change):
+                self._counts.changes += 1
+                await self._route(decoded, handed)
+            elif not self._bracket(decoded):
+                break
+        return handed, reply_requested
+
+    async def _decode(self, record: memoryview | bytes) -> Begin | Change | Commit | Message:
+        try:
+            return self._decoder.decode(record)
+        except UnknownLayout as question:
+            layout = await self._catalog.layout(question)
+            await self._bind(layout)
+            self._decoder.learn(layout)
+            return self._decoder.decode(record)
+
+    async def _route(self, change: Change, handed: list[Handed]) -> None:
+        ticket = self._ticket
+        assert ticket is not None  # noqa: S101 - the decoder refuses changes outside of transactions
+        try:
+            routed = self._router.route(change)
+        except UnknownLabel:
+            await self._catalog.renew_types()
+            for layout in self._router.layouts():
+                await self._bind(layout)
+            routed = self._router.route(change)
+        if routed:
+            self._acknowledger.hand(ticket, len(routed))
+            handed += [(route, projected, ticket) for route, projected in routed]
+
+    async def _bind(self, layout: Layout) -> None:
+        normalised = await self._catalog.normalise(self._router.literals(layout))
+        self._router.bind(layout, normalised)
+
+    def _bracket(self, decoded: Begin | Commit | Message) -> bool:
+        """Open and close transactions; return False when ``until`` is reached."""
+        match decoded:
+            case Begin(transaction):
+                if self._until is not None and transaction.commit_lsn >= self._until:
+                    self._reached_until = True
+                    return False
+                self._ticket = self._acknowledger.open(transaction.end_lsn)
+            case Commit():
+                assert self._ticket is not None  # noqa: S101 - the decoder refuses such a commit
+                self._acknowledger.close(self._ticket)
+                self._ticket = None
+                self._counts.transactions += 1
+            case Message():
+                self._counts.messages += 1
+        return True
+
+    async def _report(self) -> None:
+        """Send status updates on a clock of their own, and look after slow deliveries."""
+        pause = min(WATCH_SECONDS, self._status_interval_seconds)
+        sent = 0.0
+        while True:
+            now = time.monotonic()
+            if now - sent >= self._status_interval_seconds:
+                self._send_status()
+                sent = now
+            await self._watch_delivery(now)
+            await asyncio.sleep(pause)
+
+    async def _watch_delivery(self, now: float) -> None:
+        held = self._delivery.held
+        if held is None or now - held.since < WATCH_SECONDS:
+            return
+        if now - held.since > self._release_after_seconds:
+            message = (
+                f"{held.destination} has held change {held.change_id} for"
+                f" {now - held.since:.0f} seconds"
+            )
+            raise HandlerStuck(message, hint="the slot is freed; release_after_seconds is the limit")
+        try:
+            # While nothing is read, the walsender cannot tell that its server wants to shut down.
+            await self._catalog.probe()
+        except ServerShutdown as shutdown:
+            log.warning("server_shutting_down", drain_seconds=self._drain_seconds)
+            self.stop(shutdown)
+        except Unavailable:
+            pass  # the stream itself shows whether the connection is good
+
+    def _send_status(self) -> None:
+        self._connection.send(status_update(self._acknowledger.flush_lsn, now=time.time()))
+
+    async def _confirm(self) -> None:
+        """Report the last position and let the server read it, if the connection still can."""
+        try:
+            async with asyncio.timeout(FINISH_SECONDS):
+                self._send_status()
+                await self._connection.finish()
+        except (TimeoutError, WalstreamError):
+            pass  # what could not be confirmed comes again
