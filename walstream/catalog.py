@@ -24,7 +24,6 @@ from walstream.lsn import Lsn
 from walstream.postgres import SESSION_SETTINGS, connect, server_error
 from walstream.values import Kind, PgType, Types
 
-
 _PINNED: Final = b"; ".join(
     b"SET LOCAL %b TO %b" % (name.encode(), value.encode())
     for name, value in SESSION_SETTINGS.items()
@@ -211,9 +210,7 @@ class Catalog:
                 except psycopg.OperationalError:
                     await self.close()
             if self._connection is None:
-                self._connection = await connect(
-                    self._dsn, application_name=self._application_name
-                )
+                self._connection = await connect(self._dsn, application_name=self._application_name)
             try:
                 return await self._run(self._connection, query, parameters)
             except psycopg.DataError:
@@ -310,7 +307,7 @@ _TABLES: Final = sql.SQL(
      WHERE c.relkind IN ('r', 'p')
        AND n.nspname NOT IN ('pg_catalog', 'information_schema')
        AND n.nspname NOT LIKE 'pg\\_toast%%' AND n.nspname NOT LIKE 'pg\\_temp%%'
-       AND %(schema)s IN ('*', n.nspname) AND %(name)s IN ('*', c.relname)
+       AND %(schema)s IN ('*', n.nspname::text) AND %(name)s IN ('*', c.relname::text)
      ORDER BY 1, 2
     """
 )
@@ -367,4 +364,4 @@ _TYPES: Final = sql.SQL(
      ORDER BY t.typtype = 'd', t.oid
     """
 )
-"""Types with all that they are built on; domains last, because they take over their base's loader."""
+"""Types with all that they are built on; domains last, for they take over their base's loader."""

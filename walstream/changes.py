@@ -275,7 +275,8 @@ class Change(msgspec.Struct, eq=False):
             b',"identity":%b' % self._columns_to_json(self.identity_columns),
             b',"unchanged":%b' % msgspec.json.encode(self.unchanged),
             b',"leaving":true' if self.leaving else b"",
-            b',"xid":%d,"commit_lsn":"%b"' % (transaction.xid, str(transaction.commit_lsn).encode()),
+            b',"xid":%d,"commit_lsn":"%b"'
+            % (transaction.xid, str(transaction.commit_lsn).encode()),
             b',"end_lsn":"%b","ordinal":%d' % (str(transaction.end_lsn).encode(), self.ordinal),
             b',"commit_time":"%b"}'
             % transaction.commit_time.isoformat(timespec="microseconds").encode(),

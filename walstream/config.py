@@ -1,8 +1,8 @@
 """The configuration: ``walstream.toml`` and ``WALSTREAM_...`` environment variables.
 
 Every key can be given as an environment variable: ``WALSTREAM_POSTGRES_DSN`` for ``dsn`` under
-``[postgres]``; tables of tables (``WALSTREAM_ROUTES``, ``WALSTREAM_SINKS``) as JSON. The environment
-wins over the file. Secrets can be read from files: ``dsn_file`` instead of ``dsn``.
+``[postgres]``; ``WALSTREAM_ROUTES`` and ``WALSTREAM_SINKS`` as JSON. The environment wins over the
+file. Secrets can be read from files: ``dsn_file`` instead of ``dsn``.
 
 Mistakes are reported all at once, each with its key path, what was found and what is allowed.
 """
@@ -267,7 +267,7 @@ class Config(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Let the environment win over the file, whose content comes as arguments."""
-        del dotenv_settings, file_secret_settings
+        del settings_cls, dotenv_settings, file_secret_settings
         return env_settings, init_settings
 
 

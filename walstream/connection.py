@@ -21,7 +21,13 @@ import psycopg
 from psycopg import AsyncConnection
 from psycopg.pq import ExecStatus
 
-from walstream.errors import ConnectionLost, ProtocolError, ServerShutdown, SetupError, WalstreamError
+from walstream.errors import (
+    ConnectionLost,
+    ProtocolError,
+    ServerShutdown,
+    SetupError,
+    WalstreamError,
+)
 from walstream.lsn import Lsn
 from walstream.postgres import connect, server_error
 
@@ -163,12 +169,14 @@ class ReplicationConnection:
         Raises:
             SlotBusy, SlotMissing, SlotUnfit, SlotLost, PluginRefused: as the server says.
         """
-        listed = ", ".join(f"{_identifier(key)} {_literal(value)}" for key, value in options.items())
+        listed = ", ".join(
+            f"{_identifier(key)} {_literal(value)}" for key, value in options.items()
+        )
         await self._execute(f"START_REPLICATION SLOT {_identifier(slot)} LOGICAL 0/0 ({listed})")
         self._may_run_hot = self._is_tcp()
 
     async def read(self) -> list[bytes]:
-        """Wait for messages and return all that have arrived: at least one, unless `wake` is called.
+        """Wait for messages and return all that have come: at least one, unless `wake` is called.
 
         Cancelling it loses nothing.
 
@@ -218,8 +226,7 @@ class ReplicationConnection:
         """
         try:
             self._pgconn.put_copy_end()
-            while self._pgconn.flush():
-                await asyncio.sleep(0.01)
+            self._pgconn.flush()
             while self._ended is None:
                 self._drain()
                 if self._ended is None:
@@ -309,7 +316,7 @@ class ReplicationConnection:
         cursor = await self._execute(command)
         row = await cursor.fetchone()
         if row is None:
-            message = f"the server answered {command.split()[0]} with nothing"
+            message = f"the server answered {command.split(maxsplit=1)[0]} with nothing"
             raise ProtocolError(message)
         return row
 

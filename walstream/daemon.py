@@ -40,6 +40,7 @@ from walstream.stream import STATUS_INTERVAL_SECONDS, Counts, LostChanges, Sessi
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
 
+
 class RouteSummary(msgspec.Struct, frozen=True):
     """What became of one route's changes."""
 

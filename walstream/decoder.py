@@ -46,8 +46,11 @@ the transaction ran.
 """
 
 
-class UnknownLayout(Exception):  # noqa: N818 - a question to the caller, not an error
-    """A relation came in a shape that is not known yet; see `Decoder.learn`."""
+class UnknownLayout(Exception):
+    """A relation came in a shape that is not known yet: a question to the caller, not an error.
+
+    `Decoder.learn` takes the answer.
+    """
 
     def __init__(
         self, relation: Relation, columns: list[Column], identity: list[Column], key: list[str]
@@ -147,7 +150,9 @@ class Decoder:
         """Drop all shapes: a type that they are built on has changed."""
         self._layouts.clear()
 
-    def decode(self, record: bytes | memoryview) -> Begin | Commit | Change | Message:
+    def decode(  # noqa: PLR0911 - a return for each kind of record
+        self, record: bytes | memoryview
+    ) -> Begin | Commit | Change | Message:
         """Decode one record.
 
         Raises:
@@ -236,7 +241,9 @@ class Decoder:
     def _commit(self, record: bytes | memoryview, decoded: _Commit) -> Commit:
         transaction, self._transaction = self._transaction, None
         if transaction is None or decoded.nextlsn != str(transaction.end_lsn):
-            raise _undecodable(record, "a commit came that is not that of the transaction before it")
+            raise _undecodable(
+                record, "a commit came that is not that of the transaction before it"
+            )
         return Commit(transaction)
 
     def _message(self, record: bytes | memoryview, decoded: _Message) -> Message:

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 import structlog
@@ -79,8 +79,8 @@ class Sink(Protocol):
 class RetryPolicy(msgspec.Struct, frozen=True):
     """How often a failing destination is tried, and how long the pauses are.
 
-    The pauses double from ``backoff_seconds`` to ``max_backoff_seconds``, less up to half by chance,
-    so that several processes do not come back at the same moment.
+    The pauses double from ``backoff_seconds`` to ``max_backoff_seconds``, less up to half by
+    chance, so that several processes do not come back at the same moment.
     """
 
     attempts: int = 5
@@ -104,9 +104,7 @@ class Held(msgspec.Struct, frozen=True):
 class Delivery:
     """Delivers changes one after another."""
 
-    def __init__(
-        self, policy: RetryPolicy, *, show_error_messages: bool = False
-    ) -> None:
+    def __init__(self, policy: RetryPolicy, *, show_error_messages: bool = False) -> None:
         self._acknowledger = Acknowledger(ZERO)
         self._policy = policy
         self._show_error_messages = show_error_messages
@@ -236,9 +234,7 @@ class Delivery:
         finally:
             self._running = False
 
-    async def _call_again(
-        self, handler: Handler, change: Change, error: BaseException
-    ) -> None:
+    async def _call_again(self, handler: Handler, change: Change, error: BaseException) -> None:
         """Retry a handler that raised, until it returns or the attempts are used up."""
         attempt = 1
         while True:
@@ -336,7 +332,7 @@ def _sync_run(handed: Sequence[Handed], start: int) -> Sequence[Handed]:
 
 
 def _reraise_our_own_cancellation(error: BaseException) -> None:
-    """A handler may end by a CancelledError of its own; when we are cancelled, that goes through."""
+    """Let our own cancellation through; a handler may also end by a CancelledError of its own."""
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
         raise error

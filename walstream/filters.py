@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, assert_never
 from typing import Literal as OneOf
 
 import msgspec
@@ -35,7 +35,7 @@ from walstream.grammar import (
 )
 from walstream.nested import parse_composite
 from walstream.patterns import Matcher, PatternError
-from walstream.values import BOOL_OID, TEXT_OID, Kind, RawTo, Support, Types
+from walstream.values import BOOL_OID, TEXT_OID, VARCHAR_OID, Kind, RawTo, Support, Types
 
 __all__ = [
     "ABSENT",
@@ -70,6 +70,11 @@ class Literal(msgspec.Struct, frozen=True):
     type_name: str
     text: str
     is_pattern: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is read as text, which is what it is."""
+        return self.typeoid in (TEXT_OID, VARCHAR_OID)
 
     @property
     def sql(self) -> str:
@@ -126,7 +131,7 @@ def literals(
     for comparison in comparisons(where):
         compiler.check(comparison)
         found.update(dict.fromkeys(compiler.literals(comparison)))
-    return list(found)
+    return [literal for literal in found if literal.is_pattern or not literal.is_text]
 
 
 def compile_filter(
@@ -224,6 +229,8 @@ class _Compiler:
                 return _all([self.compile(part) for part in parts])
             case Or(parts):
                 return _any([self.compile(part) for part in parts])
+            case _:
+                assert_never(where)
 
     def check(self, comparison: Comparison) -> None:
         """Refuse what the column's type cannot do."""
@@ -243,7 +250,7 @@ class _Compiler:
             raise self.refused(comparison, reason, "for any type there are is.null and is.not_null")
 
     def literals(self, comparison: Comparison) -> list[Literal]:
-        """Name what the server must read; a text is a text."""
+        """Name the values and the regular expression of a comparison."""
         typeoid = self.types.resolve(self.typeoid(comparison.column))
         column = comparison.column
         if comparison.operator in _REGULAR_EXPRESSIONS:
@@ -257,7 +264,10 @@ class _Compiler:
     def keys(self, comparison: Comparison) -> list[Any]:
         """Return the keys of the values that a comparison compares with."""
         typeoid = self.typeoid(comparison.column)
-        texts = [self.normalised[literal] for literal in self.literals(comparison)]
+        texts = [
+            literal.text if literal.is_text else self.normalised[literal]
+            for literal in self.literals(comparison)
+        ]
         if self.compares_labels(comparison):
             return texts
         return list(map(self.types.comparable(typeoid), texts))

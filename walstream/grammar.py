@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, assert_never
 
 import msgspec
 
@@ -113,6 +113,8 @@ def comparisons(where: Filter) -> Iterator[Comparison]:
         case And(parts) | Or(parts):
             for part in parts:
                 yield from comparisons(part)
+        case _:
+            assert_never(where)
 
 
 _MAX_DEPTH: Final = 50
@@ -334,6 +336,8 @@ def _printed(part: Filter, separator: str) -> str:
             return f"and({','.join(_printed(inner, '.') for inner in parts)})"
         case Or(parts):
             return f"or({','.join(_printed(inner, '.') for inner in parts)})"
+        case _:
+            assert_never(part)
 
 
 def _printed_condition(comparison: Comparison, separator: str, negation: str) -> str:

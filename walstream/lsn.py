@@ -54,4 +54,4 @@ class Lsn(int):
 
 
 ZERO: Final = Lsn(0)
-"""``0/0``, which PostgreSQL calls invalid: in START_REPLICATION it means "the slot's own position"."""
+"""``0/0`` is no position: in START_REPLICATION it stands for that of the slot itself."""

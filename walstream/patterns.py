@@ -252,7 +252,7 @@ class _Translation:
         if found := self.take(_CONTROL):
             return chr(ord(found[1]) & 0x1F)
         letter = self.pattern[self.position]
-        if letter.isalnum() and letter not in _CHARACTERS:
+        if letter.isascii() and letter.isalnum() and letter not in _CHARACTERS:
             raise self.refused(f"\\{letter}")
         self.position += 1
         return _CHARACTERS.get(letter, letter)

@@ -171,7 +171,7 @@ def connect_error(error: psycopg.Error) -> WalstreamError:
     if "must be superuser or replication role" in text or "REPLICATION attribute" in text:
         return AccessRefused(
             "the role may not use replication",
-            hint="ALTER ROLE <role> REPLICATION; see sql/01_role.sql",
+            hint="ALTER ROLE <role> REPLICATION; see sql/01_role_and_grants.sql",
         )
     if "database " in text and "does not exist" in text:
         return DatabaseUnfit(f"the database cannot be opened: {_last(text)}", hint="check the dsn")
@@ -205,7 +205,7 @@ def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911
         case "42501":
             return AccessRefused(
                 f"the role lacks a right: {text}",
-                hint="grant what sql/01_role.sql grants; replication needs the REPLICATION attribute",
+                hint="grant what sql/01_role_and_grants.sql grants, and the REPLICATION attribute",
             )
         case "58P01" if "wal2json" in text:
             return PluginMissing(f"wal2json is not installed: {text}", hint=INSTALL_PLUGIN)
@@ -214,9 +214,7 @@ def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911
         case "55P03":
             return SlotCreationBlocked("the slot's creation waits for running transactions")
         case "42704" if "slot" in text:
-            return SlotMissing(
-                text, hint="walstream slot create, or create = true under [slot]"
-            )
+            return SlotMissing(text, hint="walstream slot create, or create = true under [slot]")
         case "42P01" | "42703" | "3F000":
             return RelationMissing(text)
         case "53400":

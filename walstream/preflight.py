@@ -73,6 +73,8 @@ async def _missing(catalog: Catalog, relation: Relation) -> RelationMissing:
     """Say which table is missing, and which there are that may have been meant."""
     known = await catalog.tables("*", "*")
     near = difflib.get_close_matches(str(relation), map(str, known), n=3)
-    near += [str(other) for other in known if other.name == relation.name and str(other) not in near]
+    near += [
+        str(other) for other in known if other.name == relation.name and str(other) not in near
+    ]
     meant = f"; is {' or '.join(near)} meant?" if near else ""
     return RelationMissing(f"the table {relation} does not exist{meant}")

@@ -9,7 +9,7 @@ import hmac
 import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import Final, Self
+from typing import Final, Self, assert_never
 
 import msgspec
 
@@ -148,6 +148,8 @@ def _conceal(mask: Mask, name: str, key: bytes | None) -> _Conceal:
             if not key:
                 raise ValueError(f"the mask hash of column {name!r} needs a key to hash with")
             return _by_text(lambda text: hmac.digest(key, text.encode(), "sha256").hex())
+        case _:
+            assert_never(mask.kind)
 
 
 def _by_text(conceal: Callable[[str], str]) -> _Conceal:

@@ -76,6 +76,4 @@ def status_update(flush_lsn: Lsn, *, now: float, reply_requested: bool = False) 
         reply_requested: ask the server to answer at once.
     """
     microseconds = int((now - POSTGRES_EPOCH_SECONDS) * 1_000_000)
-    return _STATUS_UPDATE.pack(
-        b"r", flush_lsn, flush_lsn, flush_lsn, microseconds, reply_requested
-    )
+    return _STATUS_UPDATE.pack(b"r", flush_lsn, flush_lsn, flush_lsn, microseconds, reply_requested)

@@ -233,9 +233,7 @@ def _fits(where: Filter, layout: Layout) -> bool:
     return columns(where) <= layout.columns.keys()
 
 
-def _condition(
-    route: Route, layout: Layout, normalised: Mapping[Literal, str]
-) -> Condition | None:
+def _condition(route: Route, layout: Layout, normalised: Mapping[Literal, str]) -> Condition | None:
     if route.where is None:
         return None
     if not _fits(route.where, layout):
@@ -290,9 +288,7 @@ def _required(
     return min(keys.items(), key=itemgetter(0), default=None)
 
 
-def _make_index(
-    column: str, keyed: list[tuple[Any, _BoundRoute]], layout: Layout
-) -> _Index:
+def _make_index(column: str, keyed: list[tuple[Any, _BoundRoute]], layout: Layout) -> _Index:
     routes: defaultdict[Any, list[_BoundRoute]] = defaultdict(list)
     for key, bound in keyed:
         routes[key].append(bound)

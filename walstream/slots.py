@@ -10,7 +10,14 @@ from psycopg import sql
 
 from walstream.catalog import Catalog
 from walstream.connection import CreatedSlot, ReplicationConnection
-from walstream.errors import SlotBusy, SlotCreationBlocked, SlotLost, SlotMissing, SlotUnfit, UsageError
+from walstream.errors import (
+    SlotBusy,
+    SlotCreationBlocked,
+    SlotLost,
+    SlotMissing,
+    SlotUnfit,
+    UsageError,
+)
 from walstream.lsn import Lsn
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.slots")
@@ -122,6 +129,7 @@ async def create_slot(
     *,
     temporary: bool = False,
     failover: bool = False,
+    wait_seconds: int = CREATE_WAIT_SECONDS,
 ) -> CreatedSlot:
     """Create a slot for wal2json.
 
@@ -131,16 +139,14 @@ async def create_slot(
     """
     try:
         created = await connection.create_slot(
-            name, temporary=temporary, failover=failover, lock_timeout_seconds=CREATE_WAIT_SECONDS
+            name, temporary=temporary, failover=failover, lock_timeout_seconds=wait_seconds
         )
     except SlotCreationBlocked as blocked:
         blockers = await catalog.rows(_BLOCKERS)
         listed = ", ".join(f"{who} since {since}" for who, since in blockers) or "none is left now"
         message = f"{blocked.message}: {listed}"
         raise SlotCreationBlocked(message, hint="end these transactions, or try again") from None
-    log.info(
-        "slot_created", slot=name, temporary=temporary, position=str(created.consistent_point)
-    )
+    log.info("slot_created", slot=name, temporary=temporary, position=str(created.consistent_point))
     return created
 
 

@@ -55,8 +55,10 @@ class Counts(msgspec.Struct):
 
 
 class LostChanges:
-    """Changes that the server announces that it cannot send: updates and deletes of tables without
-    a replica identity."""
+    """Changes that the server announces and cannot send.
+
+    These are updates and deletes of tables without a replica identity.
+    """
 
     _NOTICE: Final = re.compile(r"no tuple identifier for (UPDATE|DELETE) in table (.+)")
 
@@ -85,7 +87,7 @@ class LostChanges:
 class Session:
     """Streams from one started connection until it is stopped, or something stops it."""
 
-    def __init__(  # noqa: PLR0913 - the composition root hands over each part of the path once
+    def __init__(  # noqa: PLR0913, PLR0917 - the composition root hands over each part of the path once
         self,
         connection: ReplicationConnection,
         catalog: Catalog,
@@ -269,7 +271,9 @@ class Session:
                 f"{held.destination} has held change {held.change_id} for"
                 f" {now - held.since:.0f} seconds"
             )
-            raise HandlerStuck(message, hint="the slot is freed; release_after_seconds is the limit")
+            raise HandlerStuck(
+                message, hint="the slot is freed; release_after_seconds is the limit"
+            )
         try:
             # While nothing is read, the walsender cannot tell that its server wants to shut down.
             await self._catalog.probe()

@@ -39,8 +39,9 @@ TextLoader = Callable[[bytes], Any]
 
 RawTo = Callable[[msgspec.Raw], Any]
 
-TEXT_OID: Final = 25
 BOOL_OID: Final = 16
+TEXT_OID: Final = 25
+VARCHAR_OID: Final = 1043
 
 
 class Kind(StrEnum):

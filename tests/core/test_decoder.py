@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import UTC, datetime
 from typing import Any
@@ -55,7 +56,7 @@ KEY = [{"name": "id", "typeoid": 23}]
 
 def loader(oid: int) -> Any:
     """Stand in for psycopg's loaders: numbers are numbers, the rest is text."""
-    return (lambda text: int(text)) if oid == 23 else (lambda text: bytes(text).decode())
+    return int if oid == 23 else (lambda text: bytes(text).decode())
 
 
 def answer(question: UnknownLayout) -> Layout:
@@ -109,9 +110,7 @@ def test_begin_and_commit_carry_the_transaction(reader: Reader) -> None:
     assert begin.transaction.xid == 737
     assert begin.transaction.commit_lsn == Lsn.parse("0/16274C8")
     assert begin.transaction.end_lsn == Lsn.parse("0/16274F8")
-    assert begin.transaction.commit_time == datetime(
-        2026, 11, 22, 12, 51, 35, 209600, tzinfo=UTC
-    )
+    assert begin.transaction.commit_time == datetime(2026, 11, 22, 12, 51, 35, 209600, tzinfo=UTC)
     assert reader.decoder.in_transaction
     commit = reader.decode(json.dumps(COMMIT).encode())
     assert isinstance(commit, Commit)
@@ -172,7 +171,9 @@ def test_an_unchanged_value_is_marked_when_the_identity_is_the_key(reader: Reade
 def test_an_unchanged_value_comes_from_a_full_identity(reader: Reader) -> None:
     """The row is whole then, in the order of the table."""
     change = reader.change(
-        record("U", columns=columns(id=1, big="y"), identity=columns(id=1, note="a", big="x"), pk=KEY)
+        record(
+            "U", columns=columns(id=1, big="y"), identity=columns(id=1, note="a", big="x"), pk=KEY
+        )
     )
     assert change.unchanged == ()
     assert list(change.row.items()) == [("id", 1), ("note", "a"), ("big", "y")]
@@ -290,9 +291,11 @@ def test_records_out_of_order_are_refused(
     reader: Reader, records: list[bytes], reason: str
 ) -> None:
     """A gap in the stream must not pass for a transaction."""
+    *before, last = records
+    for data in before:
+        reader.decode(data)
     with pytest.raises(DecodeError, match=reason):
-        for data in records:
-            reader.decode(data)
+        reader.decode(last)
 
 
 JSON = st.recursive(
@@ -314,10 +317,8 @@ def test_any_json_decodes_or_raises_the_decoders_error(
 ) -> None:
     """Nothing else is raised, whatever comes."""
     decoder = Decoder()
-    try:
+    with contextlib.suppress(DecodeError, UnknownLayout):
         decoder.decode(json.dumps({"action": action, **members}).encode())
-    except (DecodeError, UnknownLayout):
-        pass
 
 
 @given(st.binary())
@@ -368,9 +369,7 @@ def test_a_partitions_change_names_the_partitioned_table(reader: Reader) -> None
         types=Types(loader),
         ancestors=(Relation("public", "middle"), Relation("public", "whole")),
     )
-    moved = Change(
-        Operation.TRUNCATE, layout, change.transaction, 1, leaving=True
-    )
+    moved = Change(Operation.TRUNCATE, layout, change.transaction, 1, leaving=True)
     assert moved.root == Relation("public", "whole")
     assert b'"table":"part","root":"public.whole","row":null,"identity":null' in moved.to_json()
     assert b'"leaving":true' in moved.to_json()

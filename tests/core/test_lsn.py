@@ -30,7 +30,9 @@ def test_text_in_the_forms_that_postgres_takes_is_read(text: str, position: int)
     assert Lsn.parse(text) == position
 
 
-@pytest.mark.parametrize("text", ["", "0", "/", "0/", "/0", "g/0", "0/123456789", "-1/0", "0/0 ", "0/0\n"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "/", "0/", "/0", "g/0", "0/123456789", "-1/0", "0/0 ", "0/0\n"]
+)
 def test_text_that_is_no_position_is_refused(text: str) -> None:
     """The message shows what was found and how it should look."""
     with pytest.raises(ValueError, match="is not an LSN; one looks like"):

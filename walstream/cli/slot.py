@@ -128,14 +128,14 @@ def _table(status: SlotStatus) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for field, value in msgspec.structs.asdict(status).items():
-        shown = "–" if value is None else str(value)
+        shown = "-" if value is None else str(value)
         table.add_row(field, _size(value) if field.endswith("_bytes") else shown)
     return table
 
 
 def _size(size: int | None) -> str:
     if size is None:
-        return "–"
+        return "-"
     scaled = float(size)
     for unit in ("bytes", "KiB", "MiB"):
         if scaled < 1024:  # noqa: PLR2004 - binary units

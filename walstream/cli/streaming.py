@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import structlog
@@ -24,6 +25,7 @@ from walstream.sinks.stdout import StdoutSink
 from walstream.sinks.terminal import TerminalSink
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.cli")
+
 
 def run(
     app: Annotated[
@@ -84,9 +86,7 @@ def tail(
         str | None, typer.Option(metavar="FILTER", help="Such as status=eq.active,amount=gte.10.")
     ] = None,
     *,
-    json: Annotated[
-        bool, typer.Option("--json", help="JSON lines, also on a terminal.")
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="JSON lines, also on a terminal.")] = False,
 ) -> None:
     """Watch changes live, from now on, through a temporary slot that ends with the command.
 
@@ -96,7 +96,9 @@ def tail(
     logs.configure("warning" if settings.log.level == "info" else settings.log.level)
     settings = settings.model_copy(
         update={
-            "slot": settings.slot.model_copy(update={"name": f"walstream_tail_{secrets.token_hex(4)}"}),
+            "slot": settings.slot.model_copy(
+                update={"name": f"walstream_tail_{secrets.token_hex(4)}"}
+            ),
             "routes": [],
             "sinks": {},
         }
@@ -132,7 +134,7 @@ def load_app(path: str) -> Walstream:
     if not module_name or not name:
         message = f"{path!r} does not name handlers"
         raise UsageError(message, hint="write module:name, such as handlers:stream")
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

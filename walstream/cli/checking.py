@@ -1,0 +1,116 @@
+"""``walstream check``."""
+
+from __future__ import annotations
+
+import asyncio
+import textwrap
+from collections import Counter
+from itertools import groupby
+from operator import attrgetter
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from walstream import check as checks
+from walstream import logs
+from walstream.check import Finding, Report, Status
+from walstream.cli.options import ConfigFile, Dsn, load_config
+from walstream.cli.streaming import load_app
+from walstream.config import Config, RouteSpec
+
+_STYLES: Final = {
+    Status.OK: "green",
+    Status.SKIPPED: "dim",
+    Status.WARNING: "yellow",
+    Status.UNREACHABLE: "bold red",
+    Status.PROBLEM: "bold red",
+}
+
+_STATUS_WIDTH: Final = max(map(len, Status))
+
+_MEND_LINES: Final = 6
+"""What mends a pattern of a thousand tables is a thousand lines."""
+
+_NARROWEST: Final = 30
+"""The narrowest column of text, on however narrow a terminal."""
+
+
+def check(
+    app: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[APP]",
+            help="Handlers as module:name of a Walstream object, instead of the configuration's.",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    dsn: Dsn = None,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Look for everything that could go wrong, and show what mends it.
+
+    Changes nothing. Exits 0 when there is no problem (warnings are allowed), 78 when there is one,
+    75 when the server cannot be reached.
+    """
+    settings = load_config(config, dsn)
+    logs.configure("warning", settings.log.format)
+    report = asyncio.run(checks.check(settings, _routes(settings, app or settings.handlers.app)))
+    if json:
+        typer.echo(report.to_json())
+    else:
+        _show(report)
+    raise typer.Exit(report.exit_code)
+
+
+def _routes(settings: Config, app: str | None) -> list[tuple[str, RouteSpec]]:
+    handlers = load_app(app).handlers if app else []
+    routes: list[tuple[str, RouteSpec]] = [(handler.name, spec) for spec, handler in handlers]
+    return routes + [(f"routes[{place}]", spec) for place, spec in enumerate(settings.routes)]
+
+
+def _show(report: Report) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    width = max(len(finding.name) for finding in report.findings)
+    for group, findings in groupby(report.findings, attrgetter("group")):
+        console.print(Text(group, style="bold"))
+        for finding in findings:
+            console.print(_line(finding, width, console))
+    console.print(_verdict(report))
+
+
+def _line(finding: Finding, width: int, console: Console) -> Text:
+    """Lay a finding out; SQL is never broken, so that it can be copied."""
+    text = Text("  ")
+    text.append(f"{finding.status:<{_STATUS_WIDTH}}", style=_STYLES[finding.status])
+    text.append(f"  {finding.name:<{width}}  ", style="dim")
+    text.append(_wrapped(finding.found, len(text), console))
+    indent = " " * (_STATUS_WIDTH + 4)
+    for line in _shortened(finding.mend.splitlines()):
+        text.append(f"\n{indent}{line}", style="cyan")
+    return text
+
+
+def _wrapped(found: str, indent: int, console: Console) -> str:
+    if not console.is_terminal:
+        return found
+    lines = textwrap.wrap(found, max(console.width - indent, _NARROWEST), break_long_words=False)
+    return f"\n{' ' * indent}".join(lines)
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    rest = len(lines) - _MEND_LINES
+    return lines if rest <= 0 else [*lines[:_MEND_LINES], f"... {rest} more lines with --json"]
+
+
+def _verdict(report: Report) -> Text:
+    counts = Counter(finding.status for finding in report.findings)
+    told = [_counted(counts[status], status) for status in reversed(Status) if counts[status]]
+    return Text(", ".join(told), style=_STYLES[report.status])
+
+
+def _counted(count: int, status: Status) -> str:
+    is_noun = status in (Status.PROBLEM, Status.WARNING)
+    return f"{count} {status}{'s' if is_noun and count > 1 else ''}"
