@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 
@@ -40,17 +40,17 @@ _TABLE_SQL: Final = """
 
 _FILL_SQL: Final = """
     INSERT INTO public.messages
-    SELECT i, 'conversation-' || i % 1000, 'ada', 'message number ' || i, 'queued', i / 100.0, t, t
+    SELECT i, 'conversation-' || i %% 1000, 'ada', 'message number ' || i, 'queued', i / 100.0, t, t
       FROM generate_series(1, %s) AS i, now() AS t
 """
 
 _UPDATE_SQL: Final = """
     DO $$
     BEGIN
-        FOR first IN 1..{rows} BY {transaction_rows} LOOP
+        FOR start IN 1..{rows} BY {transaction_rows} LOOP
             UPDATE public.messages
                SET status = 'sent', updated_at = clock_timestamp()
-             WHERE id >= first AND id < least(first + {transaction_rows}, {rows} + 1);
+             WHERE id >= start AND id < least(start + {transaction_rows}, {rows} + 1);
             COMMIT;
         END LOOP;
     END $$
@@ -122,8 +122,8 @@ def record_bytes(connection: psycopg.Connection, slot_name: str, options: dict[s
     return float(_one(connection, query, slot_name, listed))
 
 
-def _one(connection: psycopg.Connection, query: str, *parameters: object) -> str:
-    """Return the one value of the first row."""
+def _one(connection: psycopg.Connection, query: str, *parameters: object) -> Any:
+    """Return the first value of the first row."""
     row = connection.execute(query.encode(), parameters or None).fetchone()
     assert row is not None, f"no row: {query}"
-    return row[0]  # type: ignore[no-any-return]
+    return row[0]

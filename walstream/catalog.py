@@ -144,8 +144,7 @@ class Catalog:
         columns |= dict(zip(question.identity_names, question.identity_typeoids, strict=True))
         columns |= dict(zip(question.names, question.typeoids, strict=True))
         await self.learn_types(columns.values())
-        toastable = [column.name for column in now if column.toastable]
-        candidates = dict.fromkeys([*toastable, *question.identity_names])
+        toastable = tuple(column.name for column in now if column.toastable)
         sent = set(question.names)
         return Layout(
             relation=question.relation,
@@ -155,7 +154,9 @@ class Catalog:
             types=self.types,
             ancestors=table.ancestors if table else (),
             columns=columns,
-            missing=tuple(name for name in candidates if name not in sent),
+            missing=tuple(name for name in toastable if name not in sent),
+            toastable=toastable,
+            is_full=table is not None and table.replica_identity == "f",
         )
 
     async def learn_types(self, oids: Iterable[int]) -> None:

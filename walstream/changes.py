@@ -54,6 +54,8 @@ class Layout(msgspec.Struct, eq=False, frozen=True):
     ``key`` names the primary key's columns, ``ancestors`` the partitioned tables above a partition,
     nearest first. ``columns`` are all columns of the table in its order, with their types;
     ``missing`` names those that records of this shape leave out and that can hold TOASTed values.
+    ``toastable`` are all that can, and ``is_full`` tells of REPLICA IDENTITY FULL, both as the
+    catalog had it when the shape first came.
     """
 
     relation: Relation
@@ -64,6 +66,8 @@ class Layout(msgspec.Struct, eq=False, frozen=True):
     ancestors: tuple[Relation, ...] = ()
     columns: Mapping[str, int] = msgspec.field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    toastable: tuple[str, ...] = ()
+    is_full: bool = False
 
     @property
     def root(self) -> Relation | None:

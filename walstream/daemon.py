@@ -220,8 +220,7 @@ class Daemon:
             application_name=config.postgres.application_name,
             on_notice=self._lost.notice,
         ) as connection:
-            confirmed = await self._slot(connection)
-            await self._start(connection)
+            confirmed = await self._start(connection)
             self._acknowledger = Acknowledger(confirmed)
             self._delivery.attach(self._acknowledger)
             self.router.unbind()
@@ -267,14 +266,15 @@ class Daemon:
             return (await create_slot(connection, self._catalog, name)).consistent_point
         return status.confirmed_flush_lsn or ZERO
 
-    async def _start(self, connection: ReplicationConnection) -> None:
-        """Start with the options that the installed wal2json knows.
+    async def _start(self, connection: ReplicationConnection) -> Lsn:
+        """Start with the options that the installed wal2json knows; return the slot's position.
 
         Without ``numeric-data-types-as-string``, which came with wal2json 2.6, NaN and infinity in
         float and numeric columns arrive as null.
         """
         options = {**START_OPTIONS, **await server_side_filter(self._catalog, self.router.routes)}
         name = self._config.slot.name
+        confirmed = await self._slot(connection)
         if self._numbers_as_strings:
             try:
                 await connection.start(name, {**options, "numeric-data-types-as-string": "1"})
@@ -286,9 +286,12 @@ class Daemon:
                     hint="before wal2json 2.6 NaN and infinity in float and numeric columns arrive"
                     " as null",
                 )
+                if self._temporary_slot:  # an error ends the temporary slots of its session
+                    confirmed = await self._slot(connection)
             else:
-                return
+                return confirmed
         await connection.start(name, options)
+        return confirmed
 
 
 def _sink(name: str, config: SinkConfig) -> Sink:

@@ -142,9 +142,16 @@ class Decoder:
         return self._transaction is not None
 
     def learn(self, layout: Layout) -> None:
-        """Add a shape that `UnknownLayout` asked for; the newest shapes are tried first."""
-        relation = layout.relation
-        self._layouts.setdefault((relation.schema, relation.name), []).insert(0, layout)
+        """Add a shape that `UnknownLayout` asked for; the newest shapes are tried first.
+
+        Those are forgotten that were learned when the table had other columns: what they leave out
+        may be another thing now.
+        """
+        name = (layout.relation.schema, layout.relation.name)
+        current = [
+            known for known in self._layouts.get(name, ()) if known.toastable == layout.toastable
+        ]
+        self._layouts[name] = [layout, *current]
 
     def forget(self) -> None:
         """Drop all shapes: a type that they are built on has changed."""
@@ -187,7 +194,7 @@ class Decoder:
         columns = decoded.columns
         identity = decoded.identity
         layout = self._layout(decoded.schema, decoded.table, columns, identity, decoded.pk)
-        if not layout.missing:
+        if not layout.missing and len(identity) <= len(columns):
             return self._change(Operation.UPDATE, layout, columns, identity)
         columns, unchanged = _fill_in(layout, columns, identity)
         return self._change(Operation.UPDATE, layout, columns, identity, unchanged)
@@ -260,11 +267,14 @@ class Decoder:
 def _fill_in(
     layout: Layout, columns: list[Column], identity: list[Column]
 ) -> tuple[list[Column], tuple[str, ...]]:
-    """Take unchanged TOASTed values from the identity; name those that it does not have."""
-    sent = {column.name: column for column in identity}
-    by_name = {column.name: column for column in columns}
-    by_name.update({name: sent[name] for name in layout.missing if name in sent})
-    unchanged = tuple(name for name in layout.missing if name not in sent)
+    """Take unchanged TOASTed values from the identity; name those that it does not have.
+
+    An identity that is FULL has every column that the table had when the update ran: a column that
+    the catalog knows beyond these was added later, or dropped before.
+    """
+    by_name = {column.name: column for column in (*identity, *columns)}
+    is_whole = layout.is_full and len(identity) >= len(columns)
+    unchanged = () if is_whole else tuple(name for name in layout.missing if name not in by_name)
     ordered = [by_name.pop(name) for name in layout.columns if name in by_name]
     return [*ordered, *by_name.values()], unchanged
 

@@ -10,8 +10,11 @@ from walstream.catalog import Catalog
 from walstream.changes import Operation
 from walstream.router import Route
 
-_SPECIAL: Final = re.compile(r"[ ',.*\\]")
-"""Characters that wal2json wants a backslash before (its README, ``filter-tables``)."""
+_SPECIAL: Final = re.compile(r"[ \t\n\v\f\r',.*\\]")
+"""Characters that wal2json wants a backslash before (its README, ``filter-tables``).
+
+Its parser ends a name at whatever C's isspace() takes for white space, not at a space alone.
+"""
 
 
 async def server_side_filter(catalog: Catalog, routes: Sequence[Route]) -> dict[str, str]:

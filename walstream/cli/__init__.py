@@ -13,7 +13,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 from rich.console import Console
 
-from walstream.cli import checking, slot, streaming
+from walstream.cli import checking, demo, slot, streaming
 from walstream.errors import EX_OK, EX_USAGE, UsageError, WalstreamError
 
 INTERRUPTED: Final = 130
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.command("run")(streaming.run)
 app.command("tail")(streaming.tail)
 app.command("check")(checking.check)
+app.command("demo")(demo.demo)
 app.add_typer(slot.app, name="slot")
 
 

@@ -1,0 +1,157 @@
+"""Both clients drain the same WAL, each from a slot of its own, one after the other."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Final
+
+import msgspec
+import psycopg
+
+from bench import workload
+from bench.client import Drain, Drained
+from bench.processes import Usage, Worker, run_program
+from walstream.cluster import PrivateCluster
+from walstream.lsn import Lsn
+
+_START: Final = re.compile(r'START_REPLICATION SLOT "(\w+)" LOGICAL \S+ \((.*)\)')
+_OPTION: Final = re.compile(r""""([^"]+)" '((?:[^']|'')*)'""")
+
+
+class Measures(msgspec.Struct, frozen=True):
+    """One round, or the medians of all. CPU times are the clients' own, user and system."""
+
+    pg_recvlogical_rows_per_second: float
+    walstream_rows_per_second: float
+    ratio: float
+    pg_recvlogical_cpu_microseconds_per_row: float
+    walstream_cpu_microseconds_per_row: float
+    walstream_peak_mib: float
+    delivered: int
+
+
+class Throughput(msgspec.Struct, frozen=True):
+    """All rounds over one WAL of ``rows`` updates, ``transaction_rows`` in a transaction."""
+
+    rows: int
+    transaction_rows: int
+    record_bytes: float
+    rounds: list[Measures]
+    medians: Measures
+
+
+class Startup(msgspec.Struct, frozen=True):
+    """Seconds that are not about rows.
+
+    An empty run drains a slot that holds nothing; it is part of every round. Loading Python and the
+    modules is not: it comes before walstream's clock starts.
+    """
+
+    walstream_load: float
+    walstream_empty_run: float
+    pg_recvlogical_empty_run: float
+
+
+class Contest:
+    """The two clients on one cluster.
+
+    What walstream asks wal2json for is read from the server's log, and pg_recvlogical is made to
+    ask for the same. Both connect by TCP.
+    """
+
+    def __init__(self, cluster: PrivateCluster, connection: psycopg.Connection) -> None:
+        self._cluster = cluster
+        self._connection = connection
+        self.options: dict[str, str] = {}
+
+    def startup(self, repetitions: int) -> Startup:
+        """Let both drain nothing, and learn walstream's options from it."""
+        loads, ours, theirs = [], [], []
+        for _ in range(repetitions):
+            with workload.slot(self._connection, "nothing"):
+                end = workload.end_of_wal(self._connection)
+                started = time.monotonic()
+                drained = self._walstream("nothing", end)
+                loads.append(drained.loaded_at - started)
+                ours.append(drained.seconds)
+            self.options = self.logged_options("nothing")
+            with workload.slot(self._connection, "nothing"):
+                end = workload.end_of_wal(self._connection)
+                theirs.append(self._pg_recvlogical("nothing", end).seconds)
+        return Startup(median(loads), median(ours), median(theirs))
+
+    def measure(self, rows: int, transaction_rows: int, rounds: int) -> Throughput:
+        """Write the WAL once, and let both drain it in each round; they take turns in beginning."""
+        with workload.slot(self._connection, "origin"):
+            end = workload.update_rows(self._connection, rows, transaction_rows)
+            record_bytes = workload.record_bytes(self._connection, "origin", self.options)
+            measured = [self._round(number, rows, end) for number in range(1, rounds + 1)]
+        return Throughput(rows, transaction_rows, record_bytes, measured, _medians(measured))
+
+    def logged_options(self, slot: str) -> dict[str, str]:
+        """Return what the last client of a slot asked the output plugin for."""
+        log = self._cluster.log.read_text(encoding="utf-8", errors="replace")
+        listed = [options for name, options in _START.findall(log) if name == slot]
+        return {name: value.replace("''", "'") for name, value in _OPTION.findall(listed[-1])}
+
+    def _round(self, number: int, rows: int, end: Lsn) -> Measures:
+        if number % 2:
+            theirs, ours = self._drain_theirs(end), self._drain_ours(end)
+        else:
+            ours, theirs = self._drain_ours(end), self._drain_theirs(end)
+        assert ours.delivered == rows, f"{ours.delivered} of {rows} rows were delivered"
+        return Measures(
+            pg_recvlogical_rows_per_second=rows / theirs.seconds,
+            walstream_rows_per_second=rows / ours.seconds,
+            ratio=theirs.seconds / ours.seconds,
+            pg_recvlogical_cpu_microseconds_per_row=theirs.cpu_seconds / rows * 1e6,
+            walstream_cpu_microseconds_per_row=ours.cpu_seconds / rows * 1e6,
+            walstream_peak_mib=ours.peak_mib,
+            delivered=ours.delivered,
+        )
+
+    def _drain_theirs(self, end: Lsn) -> Usage:
+        with workload.slot(self._connection, "theirs", copy_of="origin"):
+            usage = self._pg_recvlogical("theirs", end)
+            self._check("theirs", end)
+        return usage
+
+    def _drain_ours(self, end: Lsn) -> Drained:
+        with workload.slot(self._connection, "ours", copy_of="origin"):
+            drained = self._walstream("ours", end)
+            self._check("ours", end)
+        return drained
+
+    def _check(self, slot: str, end: Lsn) -> None:
+        """Make sure that the client did what is compared."""
+        assert workload.confirmed(self._connection, slot) >= end
+        assert self.logged_options(slot) == self.options
+
+    def _walstream(self, slot: str, end: Lsn) -> Drained:
+        dsn = self._cluster.loopback_conninfo()
+        return Worker("bench.client", Drain(dsn, slot, until=str(end))).result(Drained)
+
+    def _pg_recvlogical(self, slot: str, end: Lsn) -> Usage:
+        command = [
+            self._cluster.programs.path("pg_recvlogical"),
+            "--start",
+            "--no-loop",
+            "--file=/dev/null",
+            f"--dbname={self._cluster.conninfo(host='127.0.0.1')}",
+            f"--slot={slot}",
+            f"--endpos={end}",
+            *_as_arguments(self.options),
+        ]
+        return run_program(command, {"PGPASSWORD": self._cluster.password})
+
+
+def _as_arguments(options: dict[str, str]) -> Iterator[str]:
+    return (f"--option={name}={value}" for name, value in options.items())
+
+
+def _medians(rounds: list[Measures]) -> Measures:
+    columns = zip(*map(msgspec.structs.astuple, rounds), strict=True)
+    return Measures(*map(median, columns))
