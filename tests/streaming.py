@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+from tests.postgres import Database
 from walstream import Change, Summary, Walstream
 from walstream.config import Config, parse
-from tests.postgres import Database
 
 
 class Stream:
@@ -24,9 +24,7 @@ class Stream:
         )
         self.app = Walstream()
         self.changes: list[Change] = []
-        database.execute(
-            "SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self.slot
-        )
+        database.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self.slot)
 
     def record(self, table: str = "*.*", *operations: str, **route: Any) -> None:
         """Keep the changes of a route in ``changes``."""

@@ -140,9 +140,7 @@ async def test_an_idle_database_does_not_hold_back_its_neighbours_wal(
         neighbour.execute("CREATE TABLE busy (id int)")
         neighbour.execute("INSERT INTO busy SELECT generate_series(1, 1000)")
         ((target,),) = neighbour.execute("SELECT pg_current_wal_flush_lsn()::text")
-        await async_wait_until(
-            lambda: Lsn.parse(stream.confirmed_flush_lsn()) >= Lsn.parse(target)
-        )
+        await async_wait_until(lambda: Lsn.parse(stream.confirmed_flush_lsn()) >= Lsn.parse(target))
     stream.app.stop()
     assert (await running).changes == 0
 
@@ -155,9 +153,7 @@ async def test_a_server_under_load_shuts_down_and_the_stream_goes_on_afterwards(
     cluster = private_cluster()
     with create_database(cluster.conninfo(), "template0") as database:
         database.execute("CREATE TABLE t (id int PRIMARY KEY)")
-        stream = Stream(
-            database, stream={"drain_seconds": 3, "after_shutdown_seconds": 0.2}
-        )
+        stream = Stream(database, stream={"drain_seconds": 3, "after_shutdown_seconds": 0.2})
         sleeper = Sleeper(8)
         stream.app.on("public.t")(getattr(sleeper, kind))
         database.execute("INSERT INTO t VALUES (1)")
@@ -178,9 +174,7 @@ async def test_a_server_under_load_shuts_down_and_the_stream_goes_on_afterwards(
         database.close()
 
 
-def test_a_signal_drains_confirms_and_exits_with_zero(
-    database: Database, tmp_path: Path
-) -> None:
+def test_a_signal_drains_confirms_and_exits_with_zero(database: Database, tmp_path: Path) -> None:
     """The transaction in hand is finished, the next one comes at the next start."""
     stream = Stream(database)
     database.execute("CREATE TABLE t (id int PRIMARY KEY)")

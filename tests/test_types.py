@@ -49,7 +49,16 @@ VALUES: dict[str, list[str]] = {
     "float4": ["0", "1.5", "-0", "3.4028235e38", "1e-45"],
     "float8": ["0", "0.1", "-0", "1e300", "5e-324", "123456789.123456789", "1"],
     "bool": ["true", "false"],
-    "text": ["", "plain", 'quo"te', "back\\slash", "new\nline\ttab\rreturn", "é€😀", "\x01\x7f", "NULL"],
+    "text": [
+        "",
+        "plain",
+        'quo"te',
+        "back\\slash",
+        "new\nline\ttab\rreturn",
+        "é€😀",
+        "\x01\x7f",
+        "NULL",
+    ],
     "varchar(10)": ["", "abc"],
     "char(5)": ["ab", ""],
     '"char"': ["x"],
@@ -58,10 +67,24 @@ VALUES: dict[str, list[str]] = {
     "date": ["2024-02-29", "0001-01-01", "9999-12-31"],
     "time": ["00:00:00", "23:59:59.999999", "12:30:00.5"],
     "timetz": ["12:00:00+05:30", "23:59:59.123456-08"],
-    "timestamp": ["2024-01-01 12:00:00.123456", "0001-01-01 00:00:00", "9999-12-31 23:59:59.999999"],
-    "timestamptz": ["2024-01-01 12:00:00.5+05:30", "1970-01-01 00:00:00+00", "0001-06-01 00:00:00+00"],
+    "timestamp": [
+        "2024-01-01 12:00:00.123456",
+        "0001-01-01 00:00:00",
+        "9999-12-31 23:59:59.999999",
+    ],
+    "timestamptz": [
+        "2024-01-01 12:00:00.5+05:30",
+        "1970-01-01 00:00:00+00",
+        "0001-06-01 00:00:00+00",
+    ],
     "interval": ["0", "1 year 2 mons 3 days 04:05:06.789", "-1 day", "-00:00:01.5", "178 years"],
-    "json": ['{"a": [1, 2.50, null],\n "b": "x"}', "null", "[]", '"text"', "12345678901234567890.5"],
+    "json": [
+        '{"a": [1, 2.50, null],\n "b": "x"}',
+        "null",
+        "[]",
+        '"text"',
+        "12345678901234567890.5",
+    ],
     "jsonb": ['{"a": [1, 2.50, null], "b": "é\\n"}', "null", "[]", '"text"'],
     "uuid": ["00000000-0000-0000-0000-000000000000", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"],
     "inet": ["10.0.0.1", "10.1.2.3/8", "::1", "2001:db8::/32"],
@@ -71,7 +94,7 @@ VALUES: dict[str, list[str]] = {
     "money": ["1.50", "-12345.67"],
     "bit(4)": ["B'1010'"],
     "varbit": ["B'10101'", "B''"],
-    "xml": ["<a b=\"c\">text</a>"],
+    "xml": ['<a b="c">text</a>'],
     "point": ["(1.5,-2)"],
     "box": ["(1,1),(0,0)"],
     "circle": ["<(1,2),3>"],
@@ -229,7 +252,7 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple) and type(left).__name__ == type(right).__name__:
         return len(left) == len(right) and all(map(same, left, right))
     return type(left).__name__ == type(right).__name__ and (
-        left == right or (left != left and right != right)
+        left == right or str(left).lower() == str(right).lower() == "nan"
     )
 
 
@@ -288,7 +311,7 @@ async def test_nan_and_infinity_come_exactly_or_as_the_documented_null(
     json_values = [exact_json(change.to_json())["row"]["v"] for change in stream.changes][:-1]
     if knows_numbers_as_strings(typed):
         assert json_values == ["NaN", "Infinity", "-Infinity"]
-        assert values[0] != values[0]
+        assert str(values[0]).lower() == "nan"
         assert [str(value).lower()[:4] for value in values[1:]] == ["inf", "-inf"] or values[
             1:
         ] == [Decimal("Infinity"), Decimal("-Infinity")]

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, LiteralString, cast
 
 import psycopg
 from psycopg import sql
@@ -67,7 +67,7 @@ def make_tables() -> dict[str, Table]:
         ),
         "orders": Table(odd, "Order 'Items'", "Key", {"Größe, cm": INT, 'quo"te': TEXT}),
         "lines": Table(odd, "a.b,c\\d e\tf*", "a b", {"order's": PARENT, "back\\sl.ash": TEXT}),
-        "badges": Table("ünï 💡", 'UPPER "lower"', "Ⅸ", {"💡": TEXT, "*": BOOL}, is_full=True),
+        "badges": Table("ünï 💡", 'UPPER "lower" case', "Ⅸ", {"💡": TEXT, "*": BOOL}, is_full=True),
         "star": Table("ünï 💡", "*", "select", {"from": INT}),
     }
 
@@ -106,12 +106,13 @@ CREATE TABLE "Sales, 2026.*"."a.b,c\\d e\tf*" (
 );
 
 CREATE SCHEMA "ünï 💡";
-CREATE TABLE "ünï 💡"."UPPER ""lower""" ("Ⅸ" int PRIMARY KEY, "💡" text, "*" bool);
-ALTER TABLE "ünï 💡"."UPPER ""lower""" REPLICA IDENTITY FULL;
+CREATE TABLE "ünï 💡"."UPPER ""lower"" case" ("Ⅸ" int PRIMARY KEY, "💡" text, "*" bool);
+ALTER TABLE "ünï 💡"."UPPER ""lower"" case" REPLICA IDENTITY FULL;
 CREATE TABLE "ünï 💡"."*" ("select" int PRIMARY KEY, "from" int);
 """
 
-MAX_PARTITIONS: Final = 8
+DAYS_AT_FIRST: Final = 30
+DAYS_AT_MOST: Final = 80
 
 TEXTS: Final = (
     "",
@@ -128,7 +129,7 @@ TEXTS: Final = (
     "日本語のテキスト",
 )
 
-NUMBERS: Final = ("0", "0.00", "-1.50", "12345678901234567890.123456789", "1E-30", "-9" * 1 + "9" * 60)
+NUMBERS: Final = ("0", "0.00", "-1.50", "12345678901234567890.123456789", "1E-30", "9" * 60)
 
 
 def prepare(dsn: str) -> None:
@@ -150,7 +151,9 @@ def run(
     """
     with ExitStack() as opened:
         sessions = [
-            _Session(opened.enter_context(psycopg.connect(dsn, autocommit=True)))
+            _Session(
+                opened.enter_context(psycopg.connect(dsn, autocommit=True, prepare_threshold=None))
+            )
             for _ in range(SESSIONS)
         ]
         opened.callback(_roll_back_prepared, dsn)
@@ -181,7 +184,12 @@ class _Session:
         self.rest: Iterator[None] | None = None
 
     def execute(self, query: str, *parameters: Any, **names: sql.Composable) -> None:
-        self.connection.execute(sql.SQL(query).format(**names), parameters)  # type: ignore[arg-type]
+        """Run SQL in which ``{name}`` stands for a name or a literal."""
+        self.connection.execute(_composed(query, names), parameters or None)
+
+
+def _composed(query: str, names: Mapping[str, sql.Composable]) -> sql.Composed:
+    return sql.SQL(cast(LiteralString, query)).format(**names)
 
 
 class _Workload:
@@ -191,13 +199,11 @@ class _Workload:
         self._chance = chance
         self._sessions = sessions
         self._tables = make_tables()
-        self._key = 0
+        self._keys = 0
         self._made = 0
-        self._partitions = 3
-        (allowed,) = (
-            sessions[0].connection.execute("SHOW max_prepared_transactions").fetchone() or (0,)
-        )
-        self._may_prepare = int(allowed) >= len(sessions)
+        self._days = DAYS_AT_FIRST
+        allowed = sessions[0].connection.execute("SHOW max_prepared_transactions").fetchone()
+        self._may_prepare = allowed is not None and int(allowed[0]) >= len(sessions)
 
     def begin(self) -> None:
         """Begin a transaction as soon as a session is free; the others go on meanwhile."""
@@ -325,6 +331,9 @@ class _Workload:
         session.execute("BEGIN")
         self._insert(session, tables[names[0]], 2)
         session.execute(statement, **{name: table.sql for name, table in tables.items()})
+        for other in self._sessions:
+            for table in tables.values():
+                other.keys[table].clear()
         self._insert(session, tables[names[0]], 1)
         session.execute("ROLLBACK" if self._happens(0.2) else "COMMIT")
 
@@ -344,7 +353,7 @@ class _Workload:
         )
         table = self._tables[name]
         self._lock(session, table)
-        before = dict(table.columns)
+        before = dict(table.columns), self._days
         session.execute("BEGIN")
         self._insert(session, table, 1)
         change(session, table)
@@ -352,7 +361,7 @@ class _Workload:
         self._update(session, table)
         if self._happens(0.2):
             session.execute("ROLLBACK")
-            table.columns = before
+            table.columns, self._days = before
         else:
             session.execute("COMMIT")
 
@@ -363,7 +372,7 @@ class _Workload:
         session.execute(
             self._chance.choice(
                 (
-                    "SELECT pg_current_xact_id()",
+                    "SELECT txid_current()",
                     "CREATE TEMP TABLE IF NOT EXISTS mine (x int); INSERT INTO mine VALUES (1)",
                     "SAVEPOINT s; INSERT INTO journal VALUES (0, 'never'); ROLLBACK TO s",
                     "CREATE UNLOGGED TABLE fleeting AS SELECT 1 AS x; DROP TABLE fleeting",
@@ -392,7 +401,7 @@ class _Workload:
             statement = self._chance.choice(
                 (
                     "ALTER TABLE {table} ADD COLUMN {column} int",
-                    "ALTER TABLE {table} ADD COLUMN {column} int NOT NULL DEFAULT 7",
+                    "ALTER TABLE {table} ADD COLUMN {column} int DEFAULT 7",
                 )
             )
             if table.is_full and self._happens(0.7):
@@ -428,15 +437,15 @@ class _Workload:
         )
 
     def _add_partition(self, session: _Session, _: Table) -> None:
-        if self._partitions == MAX_PARTITIONS:
+        if self._days == DAYS_AT_MOST:
             return
         self._made += 1
-        start = self._partitions * 10
+        start, self._days = self._days, self._days + 10
         session.execute(
             "CREATE TABLE {partition} PARTITION OF readings FOR VALUES FROM ({start}) TO ({end})",
             partition=sql.Identifier(f"readings_{self._made}_Later"),
             start=sql.Literal(start),
-            end=sql.Literal(start + 10),
+            end=sql.Literal(self._days),
         )
 
     def _come_and_go(self, session: _Session, _: Table) -> None:
@@ -447,3 +456,163 @@ class _Workload:
             " INSERT INTO passing VALUES (1, NULL);"
             " DROP TABLE passing"
         )
+
+    # Statements
+
+    def _statement(self, session: _Session) -> None:
+        kinds: dict[Callable[[_Session, Table], object], int] = {
+            self._insert_some: 30,
+            self._update: 40,
+            self._delete: 10,
+            self._change_key: 8,
+            self._upsert: 6,
+            self._copy_some: 3,
+            self._message: 6,
+        }
+        (kind,) = self._chance.choices([*kinds], weights=[*kinds.values()])
+        kind(session, self._chance.choice([*self._tables.values()]))
+
+    def _insert_some(self, session: _Session, table: Table) -> None:
+        self._insert(session, table, self._chance.choice((1, 1, 1, 2, 5, 12)))
+
+    def _insert(self, session: _Session, table: Table, rows: int) -> None:
+        row = sql.SQL("({})").format(
+            sql.SQL(", ").join([sql.Placeholder()] * (len(table.columns) + 1))
+        )
+        session.execute(
+            "INSERT INTO {table} ({columns}) VALUES {rows}",
+            *[value for _ in range(rows) for value in self._row(session, table)],
+            table=table.sql,
+            columns=_listed([table.key, *table.columns]),
+            rows=sql.SQL(", ").join([row] * rows),
+        )
+
+    def _copy_some(self, session: _Session, table: Table) -> None:
+        self._copy(session, table, self._chance.randint(10, 60))
+
+    def _copy(self, session: _Session, table: Table, rows: int) -> list[int]:
+        statement = _composed(
+            "COPY {table} ({columns}) FROM STDIN",
+            {"table": table.sql, "columns": _listed([table.key, *table.columns])},
+        )
+        written = [self._row(session, table) for _ in range(rows)]
+        with session.connection.cursor().copy(statement) as copy:
+            for row in written:
+                copy.write_row(row)
+        return [row[0] for row in written]
+
+    def _update(self, session: _Session, table: Table) -> None:
+        """Change one or two columns of some rows; the others stay, big ones among them."""
+        chosen = self._chance.sample([*table.columns], k=min(len(table.columns), 1 + self._coin()))
+        session.execute(
+            "UPDATE {table} SET {assignments} WHERE {key} = ANY (%s)",
+            *[self._value(session, table.columns[column]) for column in chosen],
+            self._own_keys(session, table, self._chance.choice((1, 1, 1, 4))),
+            table=table.sql,
+            assignments=sql.SQL(", ").join(
+                [sql.SQL("{} = %s").format(sql.Identifier(column)) for column in chosen]
+            ),
+            key=sql.Identifier(table.key),
+        )
+
+    def _delete(self, session: _Session, table: Table) -> None:
+        keys = self._own_keys(session, table, self._chance.choice((1, 1, 3)))
+        session.execute(
+            "DELETE FROM {table} WHERE {key} = ANY (%s)",
+            keys,
+            table=table.sql,
+            key=sql.Identifier(table.key),
+        )
+        session.keys[table] = [key for key in session.keys[table] if key not in keys]
+
+    def _change_key(self, session: _Session, table: Table) -> None:
+        (old,) = self._own_keys(session, table, 1) or (0,)
+        if table is self._tables["devices"] and self._coin():
+            session.execute("UPDATE devices SET serial = DEFAULT WHERE id = %s", old)
+            return
+        session.execute(
+            "UPDATE {table} SET {key} = %s WHERE {key} = %s",
+            self._new_key(session, table),
+            old,
+            table=table.sql,
+            key=sql.Identifier(table.key),
+        )
+
+    def _upsert(self, session: _Session, table: Table) -> None:
+        if table.name in {"journal", "readings"}:  # their key alone is not unique
+            return
+        (old,) = self._own_keys(session, table, 1) or (self._new_key(session, table),)
+        column, kind = self._column(table)
+        session.execute(
+            "INSERT INTO {table} ({columns}) VALUES (%s, %s)"
+            " ON CONFLICT ({key}) DO UPDATE SET {column} = EXCLUDED.{column}",
+            old,
+            self._value(session, kind),
+            table=table.sql,
+            columns=_listed([table.key, column]),
+            key=sql.Identifier(table.key),
+            column=sql.Identifier(column),
+        )
+
+    def _message(self, session: _Session, _: Table) -> None:
+        """Write a logical message, which counts in its transaction, or belongs to none."""
+        session.execute(
+            "SELECT pg_logical_emit_message(%s, 'workload', %s)",
+            bool(self._coin()),
+            self._chance.choice(TEXTS),
+        )
+
+    # Rows and values
+
+    def _row(self, session: _Session, table: Table) -> list[Any]:
+        values = [self._value(session, kind) for kind in table.columns.values()]
+        return [self._new_key(session, table), *values]
+
+    def _new_key(self, session: _Session, table: Table) -> int:
+        self._use(session, table)
+        self._keys += 1
+        session.keys[table].append(self._keys)
+        return self._keys
+
+    def _own_keys(self, session: _Session, table: Table, count: int) -> list[int]:
+        """Choose keys that the session has given; they may be rolled back or deleted by now."""
+        self._use(session, table)
+        keys = session.keys[table][-50:]
+        return self._chance.sample(keys, k=min(count, len(keys)))
+
+    def _use(self, session: _Session, table: Table) -> None:
+        session.uses.add(table)
+        if table in (self._tables["orders"], self._tables["lines"]):
+            # The foreign key leads from one to the other.
+            session.uses |= {self._tables["orders"], self._tables["lines"]}
+
+    def _column(self, table: Table) -> tuple[str, str]:
+        return self._chance.choice([*table.columns.items()])
+
+    def _value(self, session: _Session, kind: str) -> Any:
+        chance = self._chance
+        if kind == DAY:
+            return chance.randrange(self._days)
+        if kind == PARENT:
+            return chance.choice([None, *session.keys[self._tables["orders"]][-3:]])
+        if self._happens(0.1):
+            return None
+        if kind == BOOL:
+            return bool(self._coin())
+        if kind == INT:
+            return chance.choice((chance.randrange(1000), 0, -1, 2**31 - 1, -(2**31)))
+        if kind == NUMERIC:
+            return Decimal(chance.choice(NUMBERS))
+        if kind == BIG and self._happens(0.7):
+            return chance.randbytes(chance.randint(1200, 2500)).hex()
+        return chance.choice((*TEXTS, chance.randbytes(6).hex()))
+
+    def _happens(self, probability: float) -> bool:
+        return self._chance.random() < probability
+
+    def _coin(self) -> int:
+        return self._chance.randrange(2)
+
+
+def _listed(names: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, names))

@@ -7,7 +7,6 @@ A session ends for a reason. Here, and only here, it is decided what the reason 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import assert_never
@@ -16,6 +15,7 @@ import msgspec
 import structlog
 
 from walstream.acknowledger import Acknowledger
+from walstream.backoff import Backoff
 from walstream.catalog import Catalog
 from walstream.config import Config, FileSinkConfig, RouteSpec, SinkConfig, StdoutSinkConfig
 from walstream.connection import ReplicationConnection
@@ -118,9 +118,8 @@ class Daemon:
         )
         self._delivery = Delivery(
             RetryPolicy(
-                attempts=config.handlers.attempts,
-                backoff_seconds=config.handlers.backoff_seconds,
-                max_backoff_seconds=config.handlers.max_backoff_seconds,
+                config.handlers.attempts,
+                Backoff(config.handlers.backoff_seconds, config.handlers.max_backoff_seconds),
             ),
             show_error_messages=config.log.error_messages,
         )
@@ -191,8 +190,8 @@ class Daemon:
     async def _wait_out(self, reason: Unavailable, failures: int) -> None:
         """Pause before the next attempt, longer each time, or until `stop`."""
         stream = self._config.stream
-        seconds = min(stream.reconnect_seconds * 2 ** (failures - 1), stream.max_reconnect_seconds)
-        seconds *= random.uniform(0.75, 1.25)  # noqa: S311 - spreading, not secrecy
+        backoff = Backoff(stream.reconnect_seconds, stream.max_reconnect_seconds)
+        seconds = backoff.pause_seconds(failures)
         if isinstance(reason, ServerShutdown):
             seconds = stream.after_shutdown_seconds
         log.warning(

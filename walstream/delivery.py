@@ -9,8 +9,8 @@ the slot stays before the transaction. Nothing is skipped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
-import random
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from walstream.acknowledger import Acknowledger, Ticket
+from walstream.backoff import Backoff
 from walstream.changes import Change
 from walstream.errors import HandlerFailed, SinkFailed, WalstreamError
 from walstream.lsn import ZERO
@@ -44,7 +45,8 @@ class Handler:
             TypeError: it cannot be called with one argument.
         """
         try:
-            inspect.signature(function).bind(None)
+            with contextlib.suppress(ValueError):  # built-in ones may not tell their signature
+                inspect.signature(function).bind(None)
         except TypeError:
             message = f"a handler takes one argument, the change; {function!r} does not"
             raise TypeError(message) from None
@@ -77,20 +79,10 @@ class Sink(Protocol):
 
 
 class RetryPolicy(msgspec.Struct, frozen=True):
-    """How often a failing destination is tried, and how long the pauses are.
-
-    The pauses double from ``backoff_seconds`` to ``max_backoff_seconds``, less up to half by
-    chance, so that several processes do not come back at the same moment.
-    """
+    """How often a failing destination is tried, and how long the pauses in between are."""
 
     attempts: int = 5
-    backoff_seconds: float = 0.2
-    max_backoff_seconds: float = 30.0
-
-    def pause_seconds(self, attempt: int) -> float:
-        """Return the pause after the ``attempt``-th failure, counted from 1."""
-        longest = min(self.backoff_seconds * 2.0 ** (attempt - 1), self.max_backoff_seconds)
-        return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreading, not secrecy
+    backoff: Backoff = Backoff(0.2, 30.0)
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -292,7 +284,7 @@ class Delivery:
                 hint="the slot was not moved past its transaction; mend the cause and start again,"
                 " and the change comes again with the same id",
             ) from error
-        seconds = self._policy.pause_seconds(attempt)
+        seconds = self._policy.backoff.pause_seconds(attempt)
         self.retries += 1
         log.warning(
             "delivery_retried",

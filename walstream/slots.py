@@ -208,12 +208,12 @@ _STATUS: Final = sql.SQL(
 
 _BLOCKERS: Final = sql.SQL(
     """
-    SELECT format('PID %%s (%%s)', pid, coalesce(nullif(application_name, ''), 'no name')),
+    SELECT format('PID %s (%s)', pid, coalesce(nullif(application_name, ''), 'no name')),
            date_trunc('second', xact_start)::text
       FROM pg_stat_activity
      WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()
      UNION ALL
-    SELECT format('prepared transaction %%s', gid), date_trunc('second', prepared)::text
+    SELECT format('prepared transaction %s', gid), date_trunc('second', prepared)::text
       FROM pg_prepared_xacts
      ORDER BY 2
     """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Literal, TypeAlias
 
 import msgspec
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 from psycopg.rows import TupleRow
 
 from walstream.catalog import Catalog
@@ -25,6 +26,14 @@ _LACKING: Final[dict[Need, str]] = {
     "probe": "no slot could be made to ask with",
     "slot": "there is no slot",
 }
+
+
+END_SECONDS: Final = 5.0
+"""How long the walsender is watched ending."""
+
+_LOOK_SECONDS: Final = 0.01
+
+_WALSENDER: Final = sql.SQL("SELECT FROM pg_stat_get_wal_senders() WHERE pid = %(pid)s")
 
 
 class Walsender(msgspec.Struct, frozen=True):
@@ -66,10 +75,20 @@ class Site:
         return await connect(dsn, application_name=self._application_name, replication=replication)
 
     async def close(self) -> None:
-        """Close the connections; the server drops the temporary slot."""
-        if self.walsender is not None:
-            await self.walsender.connection.close()
-        await self.catalog.close()
+        """Close the connections, and wait until the server has dropped the temporary slot.
+
+        It does that when the walsender ends, a moment after its client is gone.
+        """
+        try:
+            if self.walsender is not None:
+                await self.walsender.connection.close()
+                async with asyncio.timeout(END_SECONDS):
+                    while await self.catalog.rows(_WALSENDER, {"pid": self.walsender.pid}):
+                        await asyncio.sleep(_LOOK_SECONDS)
+        except (TimeoutError, WalstreamError):
+            pass  # it ends without a witness
+        finally:
+            await self.catalog.close()
 
     def lacks(self, *needs: Need) -> str:
         """Say what is needed and not there; nothing when all is."""

@@ -1,0 +1,294 @@
+"""Running handlers and feeding sinks: order, retries, and what is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+
+from walstream.acknowledger import Acknowledger, Ticket
+from walstream.backoff import Backoff
+from walstream.changes import Change, Layout, Operation, Relation, Transaction
+from walstream.delivery import Delivery, Handed, Handler, RetryPolicy, Sink
+from walstream.errors import HandlerFailed, OutputClosed, SinkFailed, WalstreamError
+from walstream.lsn import Lsn
+from walstream.router import Route, TablePattern
+from walstream.values import Types
+
+LAYOUT = Layout(Relation("public", "t"), [], [], [], Types(lambda _: bytes))
+QUICK = RetryPolicy(3, Backoff(0.001, 0.001))
+
+
+class MemorySink:
+    """Keeps changes in a list; fails as often as it is told."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.name = "memory"
+        self.failures = list(failures)
+        self.taken: list[str] = []
+        self.calls = 0
+
+    async def open(self) -> None:
+        """Nothing to make ready."""
+
+    async def take(self, changes: Sequence[Change]) -> None:
+        self.calls += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        self.taken += [change.id for change in changes]
+
+    async def close(self) -> None:
+        """Nothing to let go."""
+
+
+class Line:
+    """Changes on their way: each ``transaction`` hands some to destinations."""
+
+    def __init__(self) -> None:
+        self.acknowledger = Acknowledger(Lsn(0))
+        self.handed: list[Handed] = []
+        self.end = 0
+
+    def transaction(self, *destinations: Handler | Sink) -> Ticket:
+        self.end += 100
+        ticket = self.acknowledger.open(Lsn(self.end))
+        transaction = Transaction(1, Lsn(self.end - 10), Lsn(self.end), "2026-01-01 00:00:00+00")
+        for ordinal, destination in enumerate(destinations, 1):
+            route = Route("route", TablePattern("*", "*"), destination)
+            change = Change(Operation.TRUNCATE, LAYOUT, transaction, ordinal)
+            self.acknowledger.hand(ticket)
+            self.handed.append((route, change, ticket))
+        self.acknowledger.close(ticket)
+        return ticket
+
+    async def deliver(self, delivery: Delivery, stopping: Callable[[], bool] = bool) -> bool:
+        delivery.attach(self.acknowledger)
+        try:
+            return await delivery.deliver(self.handed, stopping=stopping)
+        finally:
+            delivery.close()
+
+
+@pytest.fixture
+def line() -> Line:
+    return Line()
+
+
+@pytest.fixture
+def delivery() -> Delivery:
+    return Delivery(QUICK)
+
+
+async def test_async_and_sync_handlers_are_called_in_commit_order(
+    line: Line, delivery: Delivery
+) -> None:
+    """Also where they alternate; sync ones run in one thread that is not the loop's."""
+    calls: list[str] = []
+    threads: set[int] = set()
+
+    async def in_loop(change: Change) -> None:
+        await asyncio.sleep(0)
+        calls.append(f"async {change.id}")
+
+    def in_thread(change: Change) -> None:
+        threads.add(threading.get_ident())
+        calls.append(f"sync {change.id}")
+
+    a, s = Handler(in_loop), Handler(in_thread)
+    line.transaction(a, s, s, a)
+    line.transaction(s, a)
+    assert await line.deliver(delivery)
+    assert calls == [
+        "async 0/64:1", "sync 0/64:2", "sync 0/64:3", "async 0/64:4", "sync 0/C8:1", "async 0/C8:2",
+    ]  # fmt: skip
+    assert len(threads) == 1
+    assert threads != {threading.get_ident()}
+    assert (delivery.delivered, line.acknowledger.flush_lsn) == (6, 200)
+
+
+async def test_a_transaction_is_acknowledged_before_the_next_one_is_delivered(
+    line: Line, delivery: Delivery
+) -> None:
+    seen = []
+
+    async def look(change: Change) -> None:
+        seen.append(int(line.acknowledger.flush_lsn))
+
+    handler = Handler(look)
+    for _ in range(3):
+        line.transaction(handler)
+    await line.deliver(delivery)
+    assert seen == [0, 100, 200]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync", "own cancellation"])
+async def test_a_handler_that_raises_is_called_again(
+    line: Line, delivery: Delivery, kind: str
+) -> None:
+    attempts = []
+
+    def fail_twice(change: Change) -> None:
+        attempts.append(change.id)
+        if len(attempts) < 3:
+            raise asyncio.CancelledError if kind == "own cancellation" else ValueError
+
+    async def fail_twice_in_the_loop(change: Change) -> None:
+        fail_twice(change)
+
+    line.transaction(Handler(fail_twice if kind == "sync" else fail_twice_in_the_loop))
+    await line.deliver(delivery)
+    assert attempts == ["0/64:1"] * 3
+    assert (delivery.retries, delivery.delivered, line.acknowledger.flush_lsn) == (2, 1, 100)
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_after_the_last_attempt_the_slot_stays_before_the_transaction(
+    line: Line, delivery: Delivery, kind: str
+) -> None:
+    """What came before is taken, by sinks too; what comes after is not begun."""
+    calls = []
+    sink = MemorySink()
+
+    def poisoned(change: Change) -> None:
+        calls.append(change.id)
+        if change.id == "0/C8:2":
+            raise ValueError("a row value")
+
+    async def poisoned_in_the_loop(change: Change) -> None:
+        poisoned(change)
+
+    handler = Handler(poisoned if kind == "sync" else poisoned_in_the_loop, name="poisoned")
+    line.transaction(handler, sink)
+    line.transaction(sink, handler, sink)
+    line.transaction(handler)
+    with pytest.raises(HandlerFailed) as failed:
+        await line.deliver(delivery)
+    assert calls == ["0/64:1", "0/C8:2", "0/C8:2", "0/C8:2"]
+    assert sink.taken == ["0/64:2", "0/C8:1"]
+    assert line.acknowledger.flush_lsn == 100
+    assert "poisoned did not take change 0/C8:2 in 3 attempts: ValueError at " in str(failed.value)
+    assert "a row value" not in str(failed.value)
+
+
+async def test_error_messages_are_shown_when_that_is_asked_for(line: Line) -> None:
+    async def poisoned(change: Change) -> None:
+        raise ValueError("a row value")
+
+    line.transaction(Handler(poisoned))
+    with pytest.raises(HandlerFailed, match="a row value"):
+        await line.deliver(Delivery(QUICK, show_error_messages=True))
+
+
+async def test_a_sink_takes_a_batch_at_once_and_is_tried_again(
+    line: Line, delivery: Delivery
+) -> None:
+    sink = MemorySink(OSError(28, "No space left on device"), SinkFailed("not now"))
+    line.transaction(sink, sink)
+    line.transaction(sink)
+    await line.deliver(delivery)
+    assert sink.calls == 3
+    assert sink.taken == ["0/64:1", "0/64:2", "0/C8:1"]
+    assert line.acknowledger.flush_lsn == 200
+
+
+async def test_a_sink_that_keeps_failing_stops_the_stream(line: Line, delivery: Delivery) -> None:
+    line.transaction(MemorySink(*[OSError(28, "No space left on device")] * 3))
+    with pytest.raises(SinkFailed, match="memory did not take change 0/64:1 in 3 attempts"):
+        await line.deliver(delivery)
+    assert line.acknowledger.flush_lsn == 0
+
+
+async def test_an_output_that_nobody_reads_is_not_tried_again(
+    line: Line, delivery: Delivery
+) -> None:
+    sink = MemorySink(OutputClosed("closed"))
+    line.transaction(sink)
+    with pytest.raises(OutputClosed):
+        await line.deliver(delivery)
+    assert sink.calls == 1
+
+
+async def test_a_stop_finishes_the_transaction_in_hand(line: Line, delivery: Delivery) -> None:
+    calls: list[str] = []
+
+    async def handle(change: Change) -> None:
+        calls.append(change.id)
+
+    handler = Handler(handle)
+    first = line.transaction(handler, handler)
+    line.transaction(handler)
+    assert not await line.deliver(delivery, stopping=lambda: bool(calls))
+    assert calls == ["0/64:1", "0/64:2"]
+    assert delivery.is_inside(first)
+    assert not delivery.is_inside(None)
+
+
+async def test_a_cancellation_of_ours_passes_through_a_handler(
+    line: Line, delivery: Delivery
+) -> None:
+    started = asyncio.Event()
+
+    async def wait(change: Change) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    line.transaction(Handler(wait, name="waiting"))
+    task = asyncio.create_task(line.deliver(delivery))
+    await started.wait()
+    held = delivery.held
+    assert held is not None
+    assert (held.destination, held.change_id) == ("waiting", "0/64:1")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert line.acknowledger.flush_lsn == 0
+
+
+def test_pauses_double_up_to_the_longest() -> None:
+    backoff = Backoff(first_seconds=1.0, longest_seconds=5.0)
+    for attempt, longest in enumerate([1, 2, 4, 5, 5], 1):
+        assert longest / 2 <= backoff.pause_seconds(attempt) <= longest
+    assert backoff.pause_seconds(5_000) <= 5
+
+
+class Callable1:
+    """A handler may be any object that can be called."""
+
+    async def __call__(self, change: Change) -> None:
+        """Take it."""
+
+
+@pytest.mark.parametrize(
+    ("function", "is_async"),
+    [
+        (Callable1(), True),
+        (Callable1().__call__, True),
+        (print, False),
+        (int, False),
+    ],
+)
+def test_functions_and_callable_objects_are_handlers(
+    function: Callable[[Change], Awaitable[None] | None], *, is_async: bool
+) -> None:
+    handler = Handler(function)
+    assert handler.is_async is is_async
+    assert handler.name
+
+
+@pytest.mark.parametrize("function", [locals, operator.add])
+def test_a_function_that_does_not_take_one_argument_is_refused(
+    function: Callable[[Change], None],
+) -> None:
+    with pytest.raises(TypeError, match="takes one argument, the change"):
+        Handler(function)
+
+
+def test_every_error_of_ours_names_its_exit_code() -> None:
+    """Also those that nobody raises at the moment."""
+    kinds = [WalstreamError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert {kind.exit_code for kind in kinds} == {64, 70, 75, 78}
