@@ -14,10 +14,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import zip_longest
+from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Final, TypeAlias
-
-from psycopg.conninfo import make_conninfo
+from types import TracebackType
+from typing import Any, Final, Self, TypeAlias
 
 from tests.postgres import Database, wait_until
 from tests.workload import BIG, make_tables
@@ -25,18 +26,12 @@ from walstream.cluster import ServerPrograms
 from walstream.decoder import START_OPTIONS
 
 Record: TypeAlias = Mapping[str, Any]
-Pairs: TypeAlias = list[Record]
 
 ROOT: Final = Path(__file__).parent.parent
 
 OPERATIONS: Final = {"I": "insert", "U": "update", "D": "delete", "T": "truncate"}
 
-OUT_OF_LINE: Final = {
-    (table.schema, table.name): [name for name, kind in table.columns.items() if kind == BIG]
-    for table in make_tables().values()
-    if not table.is_full
-}
-"""Columns whose values can be missing from an update: under FULL the identity has them."""
+TABLES: Final = {(table.schema, table.name): table for table in make_tables().values()}
 
 
 class Twins:
@@ -52,6 +47,7 @@ class Twins:
         self._database = database
         self._programs = programs
         self._folder = folder
+        self._started: list[subprocess.Popen[bytes]] = []
         self._slot = f"walstream_{secrets.token_hex(4)}"
         self._twin = f"{self._slot}_twin"
         self.path = folder / "changes.jsonl"
@@ -63,16 +59,32 @@ class Twins:
             "SELECT pg_copy_logical_replication_slot(%s, %s)", self._slot, self._twin
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End what a failed test has left running."""
+        for process in self._started:
+            process.kill()
+            process.wait()
+
     def start(self, *options: str) -> subprocess.Popen[bytes]:
         """Start ``walstream run`` as a process of its own."""
         with self.log.open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "walstream", "run", "-c", str(self._config), *options],
                 cwd=ROOT,
                 env=_environment(),
                 stdout=log,
                 stderr=log,
             )
+        self._started.append(process)
+        return process
 
     def run(self, until: str) -> None:
         """Drain the first slot up to a position."""
@@ -104,15 +116,13 @@ class Twins:
         """Wait until walstream has the first slot."""
         wait_until(
             lambda: self._database.execute(
-                "SELECT FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid"
-                " WHERE s.slot_name = %s AND r.state = 'streaming'",
-                self._slot,
+                "SELECT FROM pg_replication_slots WHERE slot_name = %s AND active", self._slot
             )
         )
 
     def found(self) -> list[str]:
         """Return what walstream has written, in the form in which ``expected`` is."""
-        return [canonical(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return [canonical(line) for line in lines_of(self.path)]
 
     def expected(
         self, until: str, wanted: Callable[[Record], bool] = lambda record: True
@@ -120,7 +130,7 @@ class Twins:
         """Return the lines that must be there when the records that are wanted are routed."""
         return [json.dumps(line) for line in expected_lines(filter(wanted, self.records(until)))]
 
-    def records(self, until: str) -> Iterator[Record]:
+    def records(self, until: str) -> list[Record]:
         """Read the twin up to a position."""
         output = self._folder / "pg_recvlogical.jsonl"
         options = [f"--option={name}={value}" for name, value in START_OPTIONS.items()]
@@ -139,6 +149,117 @@ class Twins:
             check=True,
             timeout=60,
         )
-        with output.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line, parse_float=str)
+        return [json.loads(line, parse_float=str) for line in lines_of(output)]
+
+
+def lines_of(path: Path) -> list[bytes]:
+    """Read a file of whole lines."""
+    content = path.read_bytes()
+    assert content.endswith(b"\n") or not content, f"{path} ends within a line"
+    return content.split(b"\n")[:-1]
+
+
+def canonical(line: bytes) -> str:
+    """Write a line as ``Twins.expected`` does: the order of keys counts, white space does not."""
+    return json.dumps(json.loads(line, parse_float=str))
+
+
+def expected_lines(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    """Turn wal2json's records into what a file sink must hold of them."""
+    begin: Record = {}
+    ordinal = 0
+    for record in records:
+        match record["action"]:
+            case "B":
+                begin, ordinal = record, 0
+            case "M":
+                ordinal += record["transactional"]
+            case "I" | "U" | "D" | "T":
+                ordinal += 1
+                yield _line(begin, ordinal, record)
+
+
+def _line(begin: Record, ordinal: int, record: Record) -> dict[str, Any]:
+    row, unchanged = _row(record)
+    root = {"root": "public.readings"} if record["table"].startswith("readings_") else {}
+    return {
+        "id": f"{begin['nextlsn']}:{ordinal}",
+        "operation": OPERATIONS[record["action"]],
+        "schema": record["schema"],
+        "table": record["table"],
+        **root,
+        "row": row,
+        "identity": _values(record, "identity"),
+        "unchanged": unchanged,
+        "xid": begin["xid"],
+        "commit_lsn": begin["lsn"],
+        "end_lsn": begin["nextlsn"],
+        "ordinal": ordinal,
+        "commit_time": _instant(begin["timestamp"]),
+    }
+
+
+def _row(record: Record) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the new row, and the columns that an update left out and nobody can fill in."""
+    row, identity = _values(record, "columns"), _values(record, "identity")
+    table = TABLES.get((record["schema"], record["table"]))
+    if row is None or identity is None or table is None:
+        return row, []
+    if table.is_full:
+        return {**identity, **row}, []
+    big = [name for name, kind in table.columns.items() if kind == BIG]
+    return row, [name for name in big if name not in row]
+
+
+def _values(record: Record, member: str) -> dict[str, Any] | None:
+    columns = record.get(member)
+    return None if columns is None else {column["name"]: column["value"] for column in columns}
+
+
+def _instant(timestamp: str) -> str:
+    return datetime.fromisoformat(timestamp).isoformat(timespec="microseconds")
+
+
+def assert_same(found: Sequence[str], expected: Sequence[str]) -> None:
+    """Compare lines, and show the first one that differs from where it does."""
+    for number, (line, other) in enumerate(zip_longest(found, expected, fillvalue=""), start=1):
+        if line != other:
+            same = max(len(commonprefix([line, other])) - 40, 0)
+            message = (
+                f"line {number} of {len(found)} found, {len(expected)} expected,"
+                f" from character {same} on:\n"
+                f"found:    {line[same : same + 300]}\nexpected: {other[same : same + 300]}"
+            )
+            raise AssertionError(message)
+
+
+def _configuration(
+    dsn: str, slot: str, path: Path, routes: Sequence[Mapping[str, Any]]
+) -> str:
+    """Write a configuration file with one file sink; TOML's strings and lists are JSON's."""
+    lines = [
+        "[postgres]",
+        f"dsn = {_toml(dsn)}",
+        "[slot]",
+        f"name = {_toml(slot)}",
+        "[stream]",
+        "reconnect_seconds = 0.05",
+        "[sinks.changes]",
+        'type = "file"',
+        f"path = {_toml(str(path))}",
+    ]
+    for route in routes:
+        lines += ["[[routes]]", 'to = "changes"']
+        lines += [f"{key} = {_toml(value)}" for key, value in route.items()]
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what would configure walstream."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("WALSTREAM_")
+    }

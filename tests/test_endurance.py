@@ -227,6 +227,25 @@ def test_a_second_signal_exits_at_once(database: Database, tmp_path: Path) -> No
         assert process.wait(timeout=5) == 128 + signal.SIGINT
 
 
+def test_a_handler_that_is_stuck_gives_the_slot_up(database: Database, tmp_path: Path) -> None:
+    """Another process may have more luck; the exit code says try again."""
+    stream = Stream(database)
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    (tmp_path / "stuck.py").write_text(
+        "import threading\n"
+        "from walstream import Walstream\n"
+        "stream = Walstream()\n"
+        "@stream.on('public.t')\n"
+        "def stuck(change):\n"
+        "    threading.Event().wait()\n"
+    )
+    (tmp_path / "walstream.toml").write_text("[stream]\nrelease_after_seconds = 1.5\n")
+    database.execute("INSERT INTO t VALUES (1)")
+    with walstream(stream, tmp_path, "run", "stuck:stream") as process:
+        assert process.wait(timeout=20) == 75
+    assert "stuck has held change" in (tmp_path / "log").read_text()
+
+
 def walstream(
     stream: Stream, folder: Path, *arguments: str, **options: Any
 ) -> subprocess.Popen[bytes]:

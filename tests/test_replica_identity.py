@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 import structlog
 
-from tests.postgres import Database
+from tests.postgres import Database, async_wait_until
 from tests.streaming import Stream
-from walstream import Change, UnchangedValueError
+from walstream import Change, Lsn, UnchangedValueError
 
 BIG = "x" * 9_000
 
@@ -141,6 +142,26 @@ async def test_a_move_between_partitions_is_a_delete_and_an_insert(database: Dat
         ("delete", "part_a", "public.whole"),
         ("insert", "part_b_deep", "public.whole"),
         ("insert", "part_b_late", "public.whole"),
+    ]
+
+
+async def test_a_table_that_becomes_a_partition_is_followed(database: Database) -> None:
+    """ATTACH PARTITION leaves no trace in the stream."""
+    database.execute("CREATE TABLE whole (id int) PARTITION BY LIST (id)")
+    database.execute("CREATE TABLE loose (id int)")
+    stream = Stream(database)
+    stream.record("public.whole")
+    running = asyncio.create_task(stream.app.run(stream.config))
+    database.execute("INSERT INTO loose VALUES (1)")
+    ((before,),) = database.execute("SELECT pg_current_wal_flush_lsn()::text")
+    await async_wait_until(lambda: Lsn.parse(stream.confirmed_flush_lsn()) >= Lsn.parse(before))
+    database.execute("ALTER TABLE whole ATTACH PARTITION loose FOR VALUES IN (1)")
+    database.execute("INSERT INTO loose VALUES (1)")
+    await async_wait_until(lambda: stream.changes)
+    stream.app.stop()
+    await running
+    assert [(change.relation.name, str(change.root)) for change in stream.changes] == [
+        ("loose", "public.whole")
     ]
 
 

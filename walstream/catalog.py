@@ -84,6 +84,7 @@ class Catalog:
         self._connection: AsyncConnection[TupleRow] | None = None
         self._lock = asyncio.Lock()
         self._normalised: dict[Literal, str] = {}
+        self._partitions: TupleRow | None = None
         self._loaders = TextLoaders()
         self.types = Types(self._loaders)
 
@@ -169,6 +170,12 @@ class Catalog:
         """Fetch all types again that are not built in: one of them has changed."""
         self._normalised.clear()
         await self._fetch_types(sorted(self.types.learned()))
+
+    async def partitions_changed(self) -> bool:
+        """Whether tables have become or ceased to be partitions since this was last asked."""
+        (row,) = await self.rows(_PARTITIONS)
+        before, self._partitions = self._partitions, row
+        return before != row
 
     async def normalise(self, literals: Sequence[Literal]) -> dict[Literal, str]:
         """Let the server read a filter's values as the types of their columns.
@@ -310,6 +317,13 @@ _TABLES: Final = sql.SQL(
        AND n.nspname NOT LIKE 'pg\\_toast%%' AND n.nspname NOT LIKE 'pg\\_temp%%'
        AND %(schema)s IN ('*', n.nspname::text) AND %(name)s IN ('*', c.relname::text)
      ORDER BY 1, 2
+    """
+)
+
+_PARTITIONS: Final = sql.SQL(
+    """
+    SELECT count(*), sum(hashint8(inhrelid::bigint << 32 | inhparent::bigint)::bigint)
+      FROM pg_inherits
     """
 )
 

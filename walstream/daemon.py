@@ -31,7 +31,7 @@ from walstream.errors import (
 from walstream.lsn import ZERO, Lsn
 from walstream.postgres import python_encoding
 from walstream.preflight import verify_routes, verify_server
-from walstream.pushdown import server_side_filter
+from walstream.pushdown import TABLES_OPTION, server_side_filter
 from walstream.router import Router
 from walstream.sinks.file import FileSink
 from walstream.sinks.stdout import StdoutSink
@@ -219,7 +219,9 @@ class Daemon:
             application_name=config.postgres.application_name,
             on_notice=self._lost.notice,
         ) as connection:
-            confirmed = await self._start(connection)
+            pushed_down = await server_side_filter(self._catalog, self.router.routes)
+            await self._catalog.partitions_changed()
+            confirmed = await self._start(connection, {**START_OPTIONS, **pushed_down})
             self._acknowledger = Acknowledger(confirmed)
             self._delivery.attach(self._acknowledger)
             self.router.unbind()
@@ -241,6 +243,7 @@ class Daemon:
                 drain_seconds=config.stream.drain_seconds,
                 release_after_seconds=config.stream.release_after_seconds,
                 status_interval_seconds=_status_interval(server.wal_sender_timeout_seconds),
+                follow_partitions=TABLES_OPTION not in pushed_down,
                 until=self._until,
             )
             if self._stopped.is_set():
@@ -265,13 +268,12 @@ class Daemon:
             return (await create_slot(connection, self._catalog, name)).consistent_point
         return status.confirmed_flush_lsn or ZERO
 
-    async def _start(self, connection: ReplicationConnection) -> Lsn:
+    async def _start(self, connection: ReplicationConnection, options: dict[str, str]) -> Lsn:
         """Start with the options that the installed wal2json knows; return the slot's position.
 
         Without ``numeric-data-types-as-string``, which came with wal2json 2.6, NaN and infinity in
         float and numeric columns arrive as null.
         """
-        options = {**START_OPTIONS, **await server_side_filter(self._catalog, self.router.routes)}
         name = self._config.slot.name
         confirmed = await self._slot(connection)
         if self._numbers_as_strings:

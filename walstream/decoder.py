@@ -64,6 +64,13 @@ class UnknownLayout(Exception):
         self.key = key
 
 
+def question_of(change: Change) -> UnknownLayout:
+    """Ask again for the shape of a change that has been decoded."""
+    columns = change.identity_columns if change.new_columns is None else change.new_columns
+    layout = change.layout
+    return UnknownLayout(layout.relation, columns or [], change.identity_columns or [], layout.key)
+
+
 class _KeyColumn(msgspec.Struct, gc=False):
     name: str
 
@@ -269,13 +276,16 @@ def _fill_in(
 ) -> tuple[list[Column], tuple[str, ...]]:
     """Take unchanged TOASTed values from the identity; name those that it does not have.
 
-    An identity that is FULL has every column that the table had when the update ran: a column that
-    the catalog knows beyond these was added later, or dropped before.
+    An identity that is FULL has every column that the table had when the update ran, in the order
+    of then: a column that the catalog knows beyond these was added later, or dropped before.
     """
     by_name = {column.name: column for column in (*identity, *columns)}
     is_whole = layout.is_full and len(identity) >= len(columns)
     unchanged = () if is_whole else tuple(name for name in layout.missing if name not in by_name)
-    ordered = [by_name.pop(name) for name in layout.columns if name in by_name]
+    if len(by_name) == len(columns):
+        return columns, unchanged
+    order = [column.name for column in identity] if is_whole else layout.columns
+    ordered = [by_name.pop(name) for name in order if name in by_name]
     return [*ordered, *by_name.values()], unchanged
 
 

@@ -36,7 +36,7 @@ def configure(level: str = "info", log_format: Format = "auto") -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.EventRenamer("event"),
+            _in_order,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
@@ -45,3 +45,11 @@ def configure(level: str = "info", log_format: Format = "auto") -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def _in_order(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Put first what every line has."""
+    first = {key: event.pop(key) for key in ("timestamp", "level", "event")}
+    return {**first, **event}

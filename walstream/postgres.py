@@ -111,7 +111,9 @@ def check_dsn(dsn: str) -> None:
 async def connect(
     dsn: str, *, application_name: str, replication: bool = False
 ) -> AsyncConnection[TupleRow]:
-    """Open a connection, in autocommit mode, with `SESSION_SETTINGS`.
+    """Open a connection in autocommit mode, for replication with `SESSION_SETTINGS`.
+
+    An ordinary connection may be a pooler's, whose sessions others use next: nothing is set there.
 
     TLS, several hosts, service and password files are libpq's: whatever the connection string and
     the ``PG...`` environment variables say.
@@ -133,6 +135,8 @@ async def connect(
         )
     except psycopg.Error as error:
         raise connect_error(error) from error
+    if not replication:
+        return connection
     try:
         await _pin_settings(connection)
     except psycopg.Error as error:

@@ -17,6 +17,10 @@ Its parser ends a name at whatever C's isspace() takes for white space, not at a
 """
 
 
+TABLES_OPTION: Final = "add-tables"
+"""Absent from the options when the tables have to be sorted out on our side."""
+
+
 async def server_side_filter(catalog: Catalog, routes: Sequence[Route]) -> dict[str, str]:
     """Ask the server for what the routes can need, and for nothing else.
 
@@ -30,7 +34,7 @@ async def server_side_filter(catalog: Catalog, routes: Sequence[Route]) -> dict[
         if route.pattern.is_everything or (table is not None and table.is_partitioned):
             return options
     tables = sorted({_table_option(route) for route in routes})
-    return {**options, "add-tables": ",".join(tables)}
+    return {**options, TABLES_OPTION: ",".join(tables)}
 
 
 def _operations(routes: Iterable[Route]) -> set[Operation]:

@@ -176,6 +176,10 @@ class Router:
         """List the layouts that are bound."""
         return list(self._bound)
 
+    def is_unwanted(self, layout: Layout) -> bool:
+        """Whether no route wants the relation at all."""
+        return not self._wanting(layout)
+
     def literals(self, layout: Layout) -> list[Literal]:
         """List the values in filters on this relation that the server must read as their types.
 

@@ -14,6 +14,7 @@ Status updates have a clock of their own, so that a slow handler does not cost t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections import Counter
@@ -26,10 +27,10 @@ from walstream.acknowledger import Acknowledger, Ticket
 from walstream.catalog import Catalog
 from walstream.changes import Begin, Change, Commit, Layout, Message
 from walstream.connection import ReplicationConnection
-from walstream.decoder import Decoder, UnknownLayout
+from walstream.decoder import Decoder, UnknownLayout, question_of
 from walstream.delivery import Delivery, Handed
 from walstream.errors import DecodeError, HandlerStuck, ServerShutdown, Unavailable, WalstreamError
-from walstream.lsn import Lsn
+from walstream.lsn import ZERO, Lsn
 from walstream.protocol import PrimaryKeepalive, parse, status_update
 from walstream.router import Router
 from walstream.values import UnknownLabel
@@ -37,10 +38,13 @@ from walstream.values import UnknownLabel
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.stream")
 
 STATUS_INTERVAL_SECONDS: Final = 10.0
-"""The longest time between two status updates, as with pg_recvlogical."""
+"""The longest time between two status updates, as with pg_recvlogical.
+
+When the position has advanced, one is sent every `WATCH_SECONDS`.
+"""
 
 WATCH_SECONDS: Final = 1.0
-"""How often a delivery that takes its time is looked at."""
+"""How often the position and the delivery are looked at."""
 
 FINISH_SECONDS: Final = 5.0
 """How long the server gets to read the last status update."""
@@ -100,6 +104,7 @@ class Session:
         drain_seconds: float,
         release_after_seconds: float,
         status_interval_seconds: float = STATUS_INTERVAL_SECONDS,
+        follow_partitions: bool = False,
         until: Lsn | None = None,
     ) -> None:
         self._connection = connection
@@ -111,6 +116,8 @@ class Session:
         self._drain_seconds = drain_seconds
         self._release_after_seconds = release_after_seconds
         self._status_interval_seconds = status_interval_seconds
+        self._follow_partitions = follow_partitions
+        self._partitions_followed = False
         self._until = until
         self._reached_until = False
         self._stopping = False
@@ -150,6 +157,10 @@ class Session:
         except ExceptionGroup as failures:
             await self._confirm()
             raise failures.exceptions[0] from None
+        except asyncio.CancelledError:
+            with contextlib.suppress(WalstreamError):
+                self._send_status()  # nobody waits for more
+            raise
         await self._confirm()
         if self._stopped_because is not None:
             raise self._stopped_because
@@ -188,6 +199,7 @@ class Session:
         """Decode and route the messages of a batch."""
         handed: list[Handed] = []
         reply_requested = False
+        self._partitions_followed = False
         for data in batch:
             message = parse(data)
             if isinstance(message, PrimaryKeepalive):
@@ -225,9 +237,29 @@ class Session:
             for layout in self._router.layouts():
                 await self._bind(layout)
             routed = self._router.route(change)
+        if not routed and await self._joined_a_partitioned_table(change):
+            routed = self._router.route(change)
         if routed:
             self._acknowledger.hand(ticket, len(routed))
             handed += [(route, projected, ticket) for route, projected in routed]
+
+    async def _joined_a_partitioned_table(self, change: Change) -> bool:
+        """Whether a table that no route wants has become the partition of one that a route wants.
+
+        ALTER TABLE ATTACH PARTITION leaves no trace in the stream. The catalog is asked once in a
+        batch, and only while such a table is written to.
+        """
+        if not self._follow_partitions or not self._router.is_unwanted(change.layout):
+            return False
+        if self._partitions_followed:
+            return False
+        self._partitions_followed = True
+        if not await self._catalog.partitions_changed():
+            return False
+        self._decoder.forget()
+        change.layout = await self._catalog.layout(question_of(change))
+        await self._bind(change.layout)
+        return True
 
     async def _bind(self, layout: Layout) -> None:
         normalised = await self._catalog.normalise(self._router.literals(layout))
@@ -253,12 +285,14 @@ class Session:
     async def _report(self) -> None:
         """Send status updates on a clock of their own, and look after slow deliveries."""
         pause = min(WATCH_SECONDS, self._status_interval_seconds)
-        sent = 0.0
+        sent_at, sent_lsn = 0.0, ZERO
         while True:
             now = time.monotonic()
-            if now - sent >= self._status_interval_seconds:
+            flush_lsn = self._acknowledger.flush_lsn
+            # News is told at every look: what is not confirmed comes again after a crash.
+            if flush_lsn != sent_lsn or now - sent_at >= self._status_interval_seconds:
                 self._send_status()
-                sent = now
+                sent_at, sent_lsn = now, flush_lsn
             await self._watch_delivery(now)
             await asyncio.sleep(pause)
 

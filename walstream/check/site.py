@@ -75,20 +75,21 @@ class Site:
         return await connect(dsn, application_name=self._application_name, replication=replication)
 
     async def close(self) -> None:
-        """Close the connections, and wait until the server has dropped the temporary slot.
+        """Close the connections, and see that the server has dropped the temporary slot."""
+        if self.walsender is not None:
+            await self.walsender.connection.close()
+            if self.catalog_user:
+                await self._see_the_end_of(self.walsender)
+        await self.catalog.close()
 
-        It does that when the walsender ends, a moment after its client is gone.
-        """
+    async def _see_the_end_of(self, walsender: Walsender) -> None:
+        """Wait until it has ended, a moment after its client is gone; its slot goes with it."""
         try:
-            if self.walsender is not None:
-                await self.walsender.connection.close()
-                async with asyncio.timeout(END_SECONDS):
-                    while await self.catalog.rows(_WALSENDER, {"pid": self.walsender.pid}):
-                        await asyncio.sleep(_LOOK_SECONDS)
+            async with asyncio.timeout(END_SECONDS):
+                while await self.catalog.rows(_WALSENDER, {"pid": walsender.pid}):  # noqa: ASYNC110
+                    await asyncio.sleep(_LOOK_SECONDS)
         except (TimeoutError, WalstreamError):
             pass  # it ends without a witness
-        finally:
-            await self.catalog.close()
 
     def lacks(self, *needs: Need) -> str:
         """Say what is needed and not there; nothing when all is."""

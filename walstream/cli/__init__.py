@@ -11,9 +11,9 @@ from importlib import metadata
 from typing import Annotated, Final, NoReturn
 
 import typer
-from rich.console import Console
 
 from walstream.cli import checking, demo, slot, streaming
+from walstream.cli.reporting import report
 from walstream.errors import EX_OK, EX_USAGE, UsageError, WalstreamError
 
 INTERRUPTED: Final = 130
@@ -53,20 +53,11 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:  # what the command line's parser refuses
-        _report(UsageError(error.format_message(), hint="walstream --help, walstream run --help"))
+        report(UsageError(error.format_message(), hint="walstream --help, walstream run --help"))
         sys.exit(EX_USAGE)
     except typer.Abort:
         sys.exit(INTERRUPTED)
     except WalstreamError as error:
-        _report(error)
+        report(error)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else EX_OK)
-
-
-def _report(error: WalstreamError) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-    console.print(error.message, markup=False)
-    if error.hint:
-        console.print("[bold]hint[/]: ", end="")
-        console.print(error.hint, markup=False)

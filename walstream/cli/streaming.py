@@ -17,10 +17,11 @@ import typer
 from walstream import logs
 from walstream.app import Walstream
 from walstream.cli.options import ConfigFile, Dsn, load_config
+from walstream.cli.reporting import report
 from walstream.config import RouteSpec
 from walstream.daemon import Daemon, Summary
 from walstream.delivery import Sink
-from walstream.errors import ConfigError, OutputClosed, UsageError
+from walstream.errors import EX_OK, ConfigError, OutputClosed, UsageError, WalstreamError
 from walstream.sinks.stdout import StdoutSink
 from walstream.sinks.terminal import TerminalSink
 
@@ -55,7 +56,11 @@ def run(
     app = app or settings.handlers.app
     handlers = load_app(app).handlers if app else []
     daemon = Daemon(settings, handlers, until=until)
-    summary = run_daemon(daemon)
+    try:
+        summary = run_daemon(daemon)
+    except WalstreamError as error:
+        leave(daemon, error)
+        raise
     log.info(
         "stopped",
         transactions=summary.transactions,
@@ -175,9 +180,12 @@ async def _run_with_signals(daemon: Daemon) -> Summary:
     return await daemon.run()
 
 
-def leave(daemon: Daemon) -> None:
-    """Exit without waiting for a handler's function that does not return."""
-    if daemon.is_busy:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+def leave(daemon: Daemon, error: WalstreamError | None = None) -> None:
+    """Exit here and now if a handler's function is still running: Python would wait for it."""
+    if not daemon.is_busy:
+        return
+    if error is not None:
+        report(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code if error else EX_OK)
