@@ -116,7 +116,7 @@ class Twins:
         """Wait until walstream has the first slot."""
         wait_until(
             lambda: self._database.execute(
-                "SELECT FROM pg_replication_slots WHERE slot_name = %s AND active", self._slot
+                "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND active", self._slot
             )
         )
 

@@ -13,7 +13,7 @@ from walstream.acknowledger import Acknowledger, Ticket
 from walstream.backoff import Backoff
 from walstream.changes import Change, Layout, Operation, Relation, Transaction
 from walstream.delivery import Delivery, Handed, Handler, RetryPolicy, Sink
-from walstream.errors import HandlerFailed, OutputClosed, SinkFailed, WalstreamError
+from walstream.errors import HandlerFailed, OutputClosed, SinkFailed
 from walstream.lsn import Lsn
 from walstream.router import Route, TablePattern
 from walstream.values import Types
@@ -247,13 +247,6 @@ async def test_a_cancellation_of_ours_passes_through_a_handler(
     assert line.acknowledger.flush_lsn == 0
 
 
-def test_pauses_double_up_to_the_longest() -> None:
-    backoff = Backoff(first_seconds=1.0, longest_seconds=5.0)
-    for attempt, longest in enumerate([1, 2, 4, 5, 5], 1):
-        assert longest / 2 <= backoff.pause_seconds(attempt) <= longest
-    assert backoff.pause_seconds(5_000) <= 5
-
-
 class Callable1:
     """A handler may be any object that can be called."""
 
@@ -284,11 +277,3 @@ def test_a_function_that_does_not_take_one_argument_is_refused(
 ) -> None:
     with pytest.raises(TypeError, match="takes one argument, the change"):
         Handler(function)
-
-
-def test_every_error_of_ours_names_its_exit_code() -> None:
-    """Also those that nobody raises at the moment."""
-    kinds = [WalstreamError]
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-    assert {kind.exit_code for kind in kinds} == {64, 70, 75, 78}

@@ -22,7 +22,7 @@ from walstream.changes import (
     Transaction,
     UnchangedValueError,
 )
-from walstream.decoder import Decoder, UnknownLayout
+from walstream.decoder import Decoder, UnknownLayout, question_of
 from walstream.errors import DecodeError
 from walstream.lsn import Lsn
 from walstream.values import Types
@@ -214,6 +214,21 @@ def test_a_question_names_the_identity_too(reader: Reader) -> None:
     (question,) = reader.questions
     assert question.identity_names == ["id", "note", "big"]
     assert question.identity_typeoids == [23, 25, 25]
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (record("U", columns=columns(id=1, note="b", big="x"), identity=columns(id=1), pk=KEY), 3),
+        (record("D", identity=columns(id=1), pk=KEY), 1),
+        (record("T"), 0),
+    ],
+)
+def test_a_change_can_be_asked_for_again(reader: Reader, data: bytes, names: int) -> None:
+    """Its table may have become a partition since."""
+    question = question_of(reader.change(data))
+    assert str(question.relation) == "public.orders"
+    assert len(question.names) == names
 
 
 def test_a_transactional_message_takes_an_ordinal(reader: Reader) -> None:

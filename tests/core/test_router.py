@@ -215,3 +215,8 @@ def test_layouts_are_bound_and_forgotten() -> None:
     assert router.layouts() == [LAYOUT]
     router.unbind()
     assert router.layouts() == []
+
+
+def test_a_relation_that_no_route_names_is_unwanted() -> None:
+    assert bound(route("public.other")).is_unwanted(LAYOUT)
+    assert not bound(route()).is_unwanted(LAYOUT)
