@@ -212,19 +212,23 @@ class Catalog:
             WalstreamError: the server cannot be reached, or refuses.
         """
         async with self._lock:
-            if self._connection is not None:
-                try:
-                    return await self._run(self._connection, query, parameters)
-                except psycopg.OperationalError:
-                    await self.close()
-            if self._connection is None:
-                self._connection = await connect(self._dsn, application_name=self._application_name)
             try:
-                return await self._run(self._connection, query, parameters)
+                return await self._on_a_live_connection(query, parameters)
             except psycopg.DataError:
                 raise
             except psycopg.Error as error:
                 raise server_error(error) from error
+
+    async def _on_a_live_connection(
+        self, query: Query, parameters: Mapping[str, Any] | Sequence[Any] | None
+    ) -> list[TupleRow]:
+        if self._connection is not None:
+            try:
+                return await self._run(self._connection, query, parameters)
+            except psycopg.OperationalError:
+                await self.close()
+        self._connection = await connect(self._dsn, application_name=self._application_name)
+        return await self._run(self._connection, query, parameters)
 
     async def _run(
         self,

@@ -153,7 +153,7 @@ async def _pin_settings(connection: AsyncConnection[TupleRow]) -> None:
         await connection.execute(f"SET {name} TO {value}".encode())
 
 
-def connect_error(error: psycopg.Error) -> WalstreamError:
+def connect_error(error: psycopg.Error) -> WalstreamError:  # noqa: PLR0911 - one table
     """Say what a failed attempt to connect means.
 
     libpq gives no SQLSTATE for these, only the server's text.
@@ -172,6 +172,8 @@ def connect_error(error: psycopg.Error) -> WalstreamError:
     )
     if "shutting down" in text:
         return ServerShutdown("the server is shutting down")
+    if "unsupported startup parameter" in text:
+        return DatabaseUnfit(f"replication does not pass: {_last(text)}", hint=NO_POOLER)
     if "must be superuser or replication role" in text or "REPLICATION attribute" in text:
         return AccessRefused(
             "the role may not use replication",
@@ -247,8 +249,7 @@ def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911
         case "08P01":
             return DatabaseUnfit(
                 f"replication does not pass: {text}",
-                hint="a pooler cannot carry replication: give the server's own address as"
-                " replication_dsn and the pooler's as dsn",
+                hint=NO_POOLER,
             )
         case _:
             return ServerFailed(f"the server reports: {text} (SQLSTATE {state})")
@@ -262,6 +263,10 @@ ALLOW_PLUGIN: Final = (
     "add wal2json to output_plugin_libraries, keeping what is there, and reload: ALTER SYSTEM SET"
     " output_plugin_libraries = pgoutput, test_decoding, wal2json; SELECT pg_reload_conf();"
     " see sql/03_output_plugin_libraries.sql"
+)
+NO_POOLER: Final = (
+    "a pooler cannot carry replication: give the server's own address as replication_dsn, and the"
+    " pooler's as dsn"
 )
 RAISE_WAL_LEVEL: Final = "ALTER SYSTEM SET wal_level = logical; then restart the server"
 
