@@ -43,7 +43,17 @@ class Twins:
         programs: ServerPrograms,
         folder: Path,
         routes: Sequence[Mapping[str, Any]] = ({"table": "*.*"},),
+        app: str | None = None,
     ) -> None:
+        """Make the slots, and write the configuration.
+
+        Args:
+            database: whose changes are streamed, from now on.
+            programs: where pg_recvlogical is.
+            folder: for the configuration, the file and the log; modules in it can be imported.
+            routes: what goes into the file.
+            app: handlers, as ``module:name``.
+        """
         self._database = database
         self._programs = programs
         self._folder = folder
@@ -53,7 +63,7 @@ class Twins:
         self.path = folder / "changes.jsonl"
         self.log = folder / "walstream.log"
         self._config = folder / "walstream.toml"
-        self._config.write_text(_configuration(database.dsn, self._slot, self.path, routes))
+        self._config.write_text(_configuration(database.dsn, self._slot, self.path, routes, app))
         database.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self._slot)
         database.execute(
             "SELECT pg_copy_logical_replication_slot(%s, %s)", self._slot, self._twin
@@ -79,7 +89,7 @@ class Twins:
             process = subprocess.Popen(
                 [sys.executable, "-m", "walstream", "run", "-c", str(self._config), *options],
                 cwd=ROOT,
-                env=_environment(),
+                env=_environment(self._folder),
                 stdout=log,
                 stderr=log,
             )
@@ -234,7 +244,7 @@ def assert_same(found: Sequence[str], expected: Sequence[str]) -> None:
 
 
 def _configuration(
-    dsn: str, slot: str, path: Path, routes: Sequence[Mapping[str, Any]]
+    dsn: str, slot: str, path: Path, routes: Sequence[Mapping[str, Any]], app: str | None
 ) -> str:
     """Write a configuration file with one file sink; TOML's strings and lists are JSON's."""
     lines = [
@@ -244,10 +254,11 @@ def _configuration(
         f"name = {_toml(slot)}",
         "[stream]",
         "reconnect_seconds = 0.05",
-        "[sinks.changes]",
-        'type = "file"',
-        f"path = {_toml(str(path))}",
     ]
+    if app is not None:
+        lines += ["[handlers]", f"app = {_toml(app)}"]
+    if routes:
+        lines += ["[sinks.changes]", 'type = "file"', f"path = {_toml(str(path))}"]
     for route in routes:
         lines += ["[[routes]]", 'to = "changes"']
         lines += [f"{key} = {_toml(value)}" for key, value in route.items()]
@@ -258,8 +269,8 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what would configure walstream."""
-    return {
-        name: value for name, value in os.environ.items() if not name.startswith("WALSTREAM_")
-    }
+def _environment(folder: Path) -> dict[str, str]:
+    """Ours, without what would configure walstream, and with the modules of a folder."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("WALSTREAM_")}
+    paths = [str(folder), *filter(None, [ours.get("PYTHONPATH")])]
+    return {**ours, "PYTHONPATH": os.pathsep.join(paths)}

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import msgspec
 import psycopg
+import pytest
 
 from tests.postgres import Database
 from walstream.catalog import Catalog
@@ -85,3 +86,15 @@ def learned_types(database: Database, oids: Iterable[int]) -> Types:
         return catalog.types
 
     return asyncio.run(learn())
+
+
+def utf8_collation(connection: psycopg.Connection) -> str:
+    """Name a collation of libc under which letters beyond ASCII have cases."""
+    row = connection.execute(
+        "SELECT quote_ident(collname) FROM pg_collation"
+        " WHERE collprovider = 'c' AND collctype ~* 'utf-?8$' AND collencoding IN (-1, 6)"
+        " ORDER BY collctype !~ '^C', collname LIMIT 1"
+    ).fetchone()
+    if row is None:
+        pytest.skip("the server has no UTF-8 locale")
+    return str(row[0])

@@ -14,21 +14,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from decimal import Decimal
 from ipaddress import ip_address
-from typing import Any, Final, Protocol
-
-
-class Comparable(Hashable, Protocol):
-    """What a key can do."""
-
-    def __lt__(self, other: Any, /) -> bool:
-        """Tell whether this key sorts first."""
-
+from typing import Any, Final
 
 ToKey = Callable[[str], Any]
-"""From output text to a key; a text of another form raises `ValueError`."""
+"""From output text to a hashable key; a text of another form raises `ValueError`."""
 
 
 class _NotANumber:
