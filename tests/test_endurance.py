@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,6 +245,30 @@ def test_a_handler_that_is_stuck_gives_the_slot_up(database: Database, tmp_path:
     with walstream(stream, tmp_path, "run", "stuck:stream") as process:
         assert process.wait(timeout=20) == 75
     assert "stuck has held change" in (tmp_path / "log").read_text()
+
+
+def test_a_record_that_does_not_decode_stops_the_stream_before_its_transaction(
+    private_cluster: StartCluster, tmp_path: Path
+) -> None:
+    """With its position and its length, never its content; what came before it is taken."""
+    cluster = private_cluster(encoding="SQL_ASCII")
+    with create_database(cluster.conninfo(), "template0") as database:
+        database.execute("SET client_encoding TO sql_ascii; CREATE TABLE t (v text)")
+        stream = Stream(database)
+        database.execute("INSERT INTO t VALUES ('good')")
+        database.execute(r"INSERT INTO t VALUES (E'secret \xff')")
+        database.execute("INSERT INTO t VALUES ('later')")
+        (tmp_path / "walstream.toml").write_text(
+            "[sinks.out]\ntype = 'stdout'\n[[routes]]\ntable = 'public.t'\nto = 'out'\n"
+        )
+        for expected in (1, 0):
+            with walstream(stream, tmp_path, "run", stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                assert len(process.stdout.readlines()) == expected
+                assert process.wait() == 70
+            log = (tmp_path / "log").read_text()
+            assert re.search(r"DecodeError: at [0-9A-F]+/[0-9A-F]+: a record of \d+ bytes", log)
+            assert "secret" not in log
 
 
 def walstream(

@@ -27,7 +27,7 @@ SEED: Final = int(os.environ.get("WALSTREAM_KILL_SEED") or random.SystemRandom()
 """Decides on the workload and on the moments; left to chance unless it is given."""
 
 KILLS: Final = 25
-HANDLER_KILLS: Final = 8
+HANDLER_KILLS: Final = 6
 TRANSACTIONS: Final = 60
 """So many more may begin with each new process."""
 
@@ -49,7 +49,7 @@ stream = Walstream()
 @stream.on("*.*")
 async def remember(change: Change) -> None:
     if change.ordinal == 1:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     os.write(seen, change.id.encode() + b"\\n")
 """
 
@@ -64,21 +64,14 @@ def test_kill_9_loses_nothing_and_repeats_come_as_they_were(
     """25 times while the mixed workload goes on; then one more process finishes the work."""
     chance = random.Random(SEED)  # noqa: S311 - repeatable
     ends = []
-
-    def moment(process: subprocess.Popen[bytes]) -> None:
-        match chance.choices(("start", "write", "confirm"), weights=(1, 5, 3)):
-            case ["start"]:
-                pause(process, chance.uniform(0, STARTING_SECONDS))
-            case ["write"]:
-                while_it_writes(process, twins.path, chance.randrange(WRITTEN_BYTES))
-            case _:
-                until_it_confirms(process, twins)
-
     with Twins(database, server_programs, tmp_path) as twins:
-        for _ in killed_lives(database, twins, KILLS, moment):
-            ends.append(whole_lines(twins.path))
-            if chance.random() < 0.3:
-                tear(twins.path)
+        with paced_workload(database, KILLS * TRANSACTIONS) as pace:
+            for _ in range(KILLS):
+                pace.release(TRANSACTIONS)
+                kill(twins, random_moment(twins, chance))
+                ends.append(whole_lines(twins.path))
+                if chance.random() < 0.3:
+                    tear(twins.path)
         until = twins.now()
         twins.run("now")
         lines, expected = lines_of(twins.path), twins.expected(until)
@@ -98,36 +91,19 @@ def test_kill_9_loses_nothing_and_repeats_come_as_they_were(
 def test_kill_9_loses_nothing_that_a_slow_handler_has_not_seen(
     database: Database, server_programs: ServerPrograms, tmp_path: Path
 ) -> None:
-    """Killed when it has just confirmed, with more received than handled."""
+    """Killed when it has just confirmed, while more is received than handled."""
     (tmp_path / "handlers.py").write_text(HANDLERS)
     with Twins(database, server_programs, tmp_path, routes=(), app="handlers:stream") as twins:
-        for _ in killed_lives(
-            database, twins, HANDLER_KILLS, lambda process: until_it_confirms(process, twins)
-        ):
-            pass
+        with paced_workload(database, HANDLER_KILLS * TRANSACTIONS) as pace:
+            for _ in range(HANDLER_KILLS):
+                pace.release(TRANSACTIONS)
+                kill(twins, lambda process: until_it_confirms(process, twins))
         until = twins.now()
         twins.run("now")
         expected = [json.loads(line)["id"] for line in twins.expected(until)]
     seen = (tmp_path / "seen").read_text().split()
     assert list(dict.fromkeys(seen)) == expected
     assert len(seen) > len(expected)
-
-
-def killed_lives(
-    database: Database, twins: Twins, kills: int, moment: Moment
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Start processes and kill them while the workload goes on; yield each one that is dead."""
-    print(f"WALSTREAM_KILL_SEED={SEED}")  # noqa: T201 - pytest shows it when the test fails
-    # A third of it is the pause between status updates: the slot is to move between the kills.
-    database.execute(f"ALTER DATABASE {database.name} SET wal_sender_timeout = '2s'")
-    with paced_workload(database.dsn, kills * TRANSACTIONS) as pace:
-        for _ in range(kills):
-            pace.release(TRANSACTIONS)
-            process = twins.start()
-            moment(process)
-            process.kill()
-            assert process.wait() == -signal.SIGKILL, twins.log.read_text()[-4000:]
-            yield process
 
 
 def places_of(ids: Sequence[str]) -> list[int]:
@@ -151,17 +127,40 @@ def assert_kills_hit_the_middle(
 
 
 @contextmanager
-def paced_workload(dsn: str, transactions: int) -> Iterator[threading.Semaphore]:
+def paced_workload(database: Database, transactions: int) -> Iterator[threading.Semaphore]:
     """Run the workload in a thread; a transaction begins when the semaphore is released."""
-    workload.prepare(dsn)
+    print(f"WALSTREAM_KILL_SEED={SEED}")  # noqa: T201 - pytest shows it when the test fails
+    # A third of it is the pause between status updates: the slot is to move between the kills.
+    database.execute(f"ALTER DATABASE {database.name} SET wal_sender_timeout = '2s'")
+    workload.prepare(database.dsn)
     pace = threading.Semaphore(0)
     with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(workload.run, dsn, SEED, transactions, pace.acquire)
+        running = thread.submit(workload.run, database.dsn, SEED, transactions, pace.acquire)
         try:
             yield pace
         finally:
             pace.release(transactions)
             running.result()
+
+
+def kill(twins: Twins, moment: Moment) -> None:
+    """Start a process, and kill it at its moment."""
+    process = twins.start()
+    moment(process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, twins.log.read_text()[-4000:]
+
+
+def random_moment(twins: Twins, chance: random.Random) -> Moment:
+    (kind,) = chance.choices(("starting", "writing", "confirming"), weights=(1, 5, 3))
+    match kind:
+        case "starting":
+            return lambda process: pause(process, chance.uniform(0, STARTING_SECONDS))
+        case "writing":
+            target = chance.randrange(WRITTEN_BYTES)
+            return lambda process: while_it_writes(process, twins.path, target)
+        case _:
+            return lambda process: until_it_confirms(process, twins)
 
 
 def pause(process: subprocess.Popen[bytes], seconds: float) -> None:

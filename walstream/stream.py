@@ -180,12 +180,19 @@ class Session:
     async def _pump(self) -> None:
         while not self._is_done():
             batch = await self._connection.read()
-            handed, reply_requested = await self._receive(batch)
-            complete = await self._delivery.deliver(handed, stopping=lambda: self._stopping)
-            if not complete:
+            handed: list[Handed] = []
+            try:
+                reply_requested = await self._receive(batch, handed)
+            except WalstreamError:
+                await self._deliver(handed)  # what came before the fault need not come again
+                raise
+            if not await self._deliver(handed):
                 return
             if reply_requested:
                 self._send_status()
+
+    async def _deliver(self, handed: list[Handed]) -> bool:
+        return await self._delivery.deliver(handed, stopping=lambda: self._stopping)
 
     def _is_done(self) -> bool:
         if self._reached_until:
@@ -195,9 +202,8 @@ class Session:
         # In the middle of a transaction whose delivery has begun, the rest is waited for.
         return self._stopping and not self._delivery.is_inside(self._ticket)
 
-    async def _receive(self, batch: list[bytes]) -> tuple[list[Handed], bool]:
-        """Decode and route the messages of a batch."""
-        handed: list[Handed] = []
+    async def _receive(self, batch: list[bytes], handed: list[Handed]) -> bool:
+        """Decode and route the messages of a batch; return whether the server wants a reply."""
         reply_requested = False
         self._partitions_followed = False
         for data in batch:
@@ -216,7 +222,7 @@ class Session:
                 await self._route(decoded, handed)
             elif not self._bracket(decoded):
                 break
-        return handed, reply_requested
+        return reply_requested
 
     async def _decode(self, record: memoryview | bytes) -> Begin | Change | Commit | Message:
         try:
