@@ -12,6 +12,7 @@ import psycopg
 
 import walstream
 from bench import latency, report, workload
+from bench.latency import Latency
 from bench.report import Report
 from bench.throughput import Contest
 from walstream.cluster import PrivateCluster
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(asked: argparse.Namespace) -> Report:
     """Measure on a cluster of our own."""
+    load_average = os.getloadavg()[0]
     _say("starting a private cluster")
     with (
         PrivateCluster(workload.CLUSTER_SETTINGS, loopback=True) as cluster,
@@ -38,22 +40,27 @@ def measure(asked: argparse.Namespace) -> Report:
         for transaction_rows in asked.transaction_rows:
             _say(f"{asked.rows:,} updates, {transaction_rows:,} in a transaction")
             throughput.append(contest.measure(asked.rows, transaction_rows, asked.rounds))
-        measured_latency = None
-        if not asked.skip_latency:
-            _say(f"{latency.COMMITS_PER_SECOND} commits a second for {asked.seconds:g} seconds")
-            commits = min(round(asked.seconds * latency.COMMITS_PER_SECOND), asked.rows)
-            measured_latency = latency.measure(cluster, connection, commits)
+        measured_latency = None if asked.skip_latency else _latency(cluster, connection, asked)
         return Report(
             walstream=walstream.__version__,
             python=platform.python_version(),
             postgresql=connection.info.parameter_status("server_version") or "",
             cpus=os.cpu_count() or 0,
+            load_average=load_average,
             transport="both clients connect by TCP, over the loopback interface",
             options=contest.options,
             startup_seconds=startup,
             throughput=throughput,
             latency=measured_latency,
         )
+
+
+def _latency(
+    cluster: PrivateCluster, connection: psycopg.Connection, asked: argparse.Namespace
+) -> Latency:
+    _say(f"{latency.COMMITS_PER_SECOND} commits a second for {asked.seconds:g} seconds")
+    commits = min(max(round(asked.seconds * latency.COMMITS_PER_SECOND), 2), asked.rows)
+    return latency.measure(cluster, connection, commits)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,21 +70,26 @@ def _parser() -> argparse.ArgumentParser:
         " from commit to handler.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=3, help="how often each client drains a WAL")
-    parser.add_argument("--rows", type=int, default=200_000, help="updates in a WAL")
+    parser.add_argument("--rounds", type=_count, default=3, help="how often each drains the WAL")
+    parser.add_argument("--rows", type=_count, default=200_000, help="updates in the WAL")
     parser.add_argument(
         "--transaction-rows",
-        type=int,
+        type=_count,
         nargs="+",
         default=[2000, 1],
-        help="updates in a transaction; a WAL is written for each",
+        help="updates in a transaction; all is done once for each number",
     )
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="how long to measure the latency"
-    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring the latency")
     parser.add_argument("--skip-latency", action="store_true", help="measure the throughput only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return count
 
 
 def _say(what: str) -> None:

@@ -11,33 +11,35 @@ from bench.processes import cpu_seconds, peak_mib, read_job, write_result
 from bench.workload import FILTER, TABLE
 from walstream import Change, Config, Walstream, logs
 
-STARTED = time.monotonic()
-"""From here on the modules are loaded."""
-
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
     """Take everything up to a position, and end when it is acknowledged."""
 
-    dsn: str
-    slot: str
     until: str
 
 
 class Timing(msgspec.Struct, frozen=True, tag=True):
     """Take so many changes, and write down when the handler gets each."""
 
+    changes: int
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What to do with which slot of which server."""
+
     dsn: str
     slot: str
-    changes: int
+    task: Drain | Timing
 
 
 class Drained(msgspec.Struct, frozen=True):
     """What a `Drain` took, from the first attempt to connect to the last position acknowledged.
 
-    ``loaded_at`` is when the process was ready to connect (monotonic seconds).
+    ``started`` is when that attempt was made (monotonic seconds), ``cpu_seconds`` user and system
+    time since then, ``peak_mib`` the highest resident memory of the process, modules included.
     """
 
-    loaded_at: float
+    started: float
     seconds: float
     cpu_seconds: float
     peak_mib: float
@@ -53,15 +55,16 @@ class Arrivals(msgspec.Struct, frozen=True):
 def main() -> None:
     """Do the job."""
     logs.configure("warning")
-    job = read_job(Drain | Timing)  # type: ignore[arg-type]  # a union is a type to msgspec
-    match job:
-        case Drain():
-            write_result(asyncio.run(drain(job)))
-        case Timing():
-            write_result(asyncio.run(time_arrivals(job)))
+    job = read_job(Job)
+    config = Config.model_validate({"postgres": {"dsn": job.dsn}, "slot": {"name": job.slot}})
+    match job.task:
+        case Drain(until):
+            write_result(asyncio.run(drain(config, until)))
+        case Timing(changes):
+            write_result(asyncio.run(time_arrivals(config, changes)))
 
 
-async def drain(job: Drain) -> Drained:
+async def drain(config: Config, until: str) -> Drained:
     """Stream to a handler that touches one column of the row."""
     stream = Walstream()
 
@@ -70,9 +73,9 @@ async def drain(job: Drain) -> Drained:
         change.row["content"]
 
     used_before, started = cpu_seconds(), time.monotonic()
-    summary = await stream.run(_config(job.dsn, job.slot), until=job.until)
+    summary = await stream.run(config, until=until)
     return Drained(
-        loaded_at=STARTED,
+        started=started,
         seconds=time.monotonic() - started,
         cpu_seconds=cpu_seconds() - used_before,
         peak_mib=peak_mib(),
@@ -80,7 +83,7 @@ async def drain(job: Drain) -> Drained:
     )
 
 
-async def time_arrivals(job: Timing) -> Arrivals:
+async def time_arrivals(config: Config, changes: int) -> Arrivals:
     """Stream to a handler that looks at the clock."""
     stream = Walstream()
     arrivals: dict[int, int] = {}
@@ -89,15 +92,11 @@ async def time_arrivals(job: Timing) -> Arrivals:
     async def note(change: Change) -> None:
         now = time.monotonic_ns()
         arrivals[change.row["id"]] = now
-        if len(arrivals) == job.changes:
+        if len(arrivals) == changes:
             stream.stop()
 
-    await stream.run(_config(job.dsn, job.slot))
+    await stream.run(config)
     return Arrivals(arrivals)
-
-
-def _config(dsn: str, slot: str) -> Config:
-    return Config.model_validate({"postgres": {"dsn": dsn}, "slot": {"name": slot}})
 
 
 if __name__ == "__main__":

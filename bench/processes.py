@@ -1,7 +1,7 @@
 """Running the processes that are measured.
 
-A process of ours is a module of this package. It reads a job from its standard input and writes
-what it measured to its standard output, both as JSON.
+A worker is a module of this package. It reads a job from its standard input and writes what it
+measured to its standard output, both as JSON.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from types import TracebackType
+from typing import Final, Self, TypeVar
 
 import msgspec
 
 _ROOT: Final = Path(__file__).parent.parent
 
 TIMEOUT_SECONDS: Final = 600.0
-"""After this long a process hangs, and the benchmark with it."""
+"""A process that takes longer hangs."""
 
-Measured = TypeVar("Measured")
+_MAXRSS_PER_MIB: Final = 1 << 20 if sys.platform == "darwin" else 1 << 10
+"""getrusage(2) counts in kilobytes, on macOS in bytes."""
+
+Content = TypeVar("Content")
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -33,7 +37,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Worker:
-    """A module of this package that runs as a process of its own."""
+    """A module of this package as a process of its own; it ends with the block at the latest."""
 
     def __init__(self, module: str, job: msgspec.Struct) -> None:
         """Start it."""
@@ -42,25 +46,38 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=_ROOT,
-            env=_environment({}),
+            env=_environment(),
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(job))
-        self._process.stdin.close()
+        with self._process.stdin as pipe:
+            pipe.write(msgspec.json.encode(job))
         self._process.stdin = None
 
-    def result(self, kind: type[Measured]) -> Measured:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
+    def result(self, kind: type[Content]) -> Content:
         """Wait until it ends, and return what it measured."""
-        try:
-            output, _ = self._process.communicate(timeout=TIMEOUT_SECONDS)
-        finally:
-            self._process.kill()
-            self._process.wait()
+        output, _ = self._process.communicate(timeout=TIMEOUT_SECONDS)
         assert self._process.returncode == 0, f"{self._process.args!r} failed"
         return msgspec.json.decode(output, type=kind)
 
 
-def read_job(kind: type[Measured]) -> Measured:
+def read_job(kind: type[Content]) -> Content:
     """Return the job that this process was started for."""
     return msgspec.json.decode(sys.stdin.buffer.read(), type=kind)
 
@@ -71,37 +88,42 @@ def write_result(result: msgspec.Struct) -> None:
 
 
 def run_program(command: Sequence[str], environment: Mapping[str, str]) -> Usage:
-    """Run a program that is not ours to its end."""
-    used_before, started = _cpu_seconds_of_children(), time.monotonic()
+    """Run a program that is not ours, and wait for its end."""
+    used_before, started = _cpu_seconds(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run(
-        command, cwd=_ROOT, env=_environment(environment), timeout=TIMEOUT_SECONDS, check=True
+        command, env={**_environment(), **environment}, timeout=TIMEOUT_SECONDS, check=True
     )
-    return Usage(time.monotonic() - started, _cpu_seconds_of_children() - used_before)
+    seconds = time.monotonic() - started
+    return Usage(seconds, _cpu_seconds(resource.RUSAGE_CHILDREN) - used_before)
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of this process so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    """Return the user and system time of this process so far."""
+    return _cpu_seconds(resource.RUSAGE_SELF)
 
 
 def peak_mib() -> float:
     """Return the highest resident memory of this process so far."""
-    # getrusage(2): kilobytes, on macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1 << 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)
+    # ru_maxrss may be that of the process that started us: it outlives execve(2).
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_MIB
 
 
-def _cpu_seconds_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+def _cpu_seconds(whose: int) -> float:
+    usage = resource.getrusage(whose)
     return usage.ru_utime + usage.ru_stime
 
 
-def _environment(additions: Mapping[str, str]) -> dict[str, str]:
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="ascii").splitlines() if path.exists() else []
+
+
+def _environment() -> dict[str, str]:
     """Ours, without what would change how a client behaves."""
-    kept = {
+    return {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("PG", "WALSTREAM_"))
     }
-    return {**kept, **additions}

@@ -24,12 +24,16 @@ TARGETS: Final = Targets()
 
 
 class Report(msgspec.Struct, frozen=True):
-    """All that was measured, and on what."""
+    """All that was measured, and on what.
+
+    ``load_average`` is that of the minute before the start: above zero, others were working, too.
+    """
 
     walstream: str
     python: str
     postgresql: str
     cpus: int
+    load_average: float
     transport: str
     options: dict[str, str]
     startup_seconds: Startup
@@ -39,7 +43,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def as_json(report: Report) -> str:
-    """Return the report as one JSON object on several lines."""
+    """Return the report as one JSON object."""
     return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
 
 
@@ -49,18 +53,19 @@ def as_text(report: Report) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    yield (
-        f"walstream {report.walstream}, Python {report.python},"
-        f" PostgreSQL {report.postgresql}, {report.cpus} CPUs"
-    )
-    yield f"{report.transport}; wal2json's options are the same:"
-    yield "  " + ", ".join(f"{name}={value}" for name, value in report.options.items())
     startup = report.startup_seconds
     yield (
-        f"in every round, but not about rows: {startup.pg_recvlogical_empty_run:.2f} s"
-        f" (pg_recvlogical), {startup.walstream_empty_run:.2f} s (walstream)"
+        f"walstream {report.walstream}, Python {report.python},"
+        f" PostgreSQL {report.postgresql}, {report.cpus} CPUs,"
+        f" load average {report.load_average:.2f} before the start"
     )
-    yield f"before walstream's clock starts: {startup.walstream_load:.2f} s to load Python"
+    yield f"{report.transport}; both ask wal2json for"
+    yield "  " + ", ".join(f"{name}={value}" for name, value in report.options.items())
+    yield (
+        f"an empty run takes pg_recvlogical {startup.pg_recvlogical_empty_run:.3f} s and walstream"
+        f" {startup.walstream_empty_run:.3f} s, which is in the figures below;"
+    )
+    yield f"starting Python and loading the modules ({startup.walstream_load:.2f} s) is not"
     for throughput in report.throughput:
         yield ""
         yield from _throughput_lines(throughput)
@@ -74,34 +79,44 @@ def _throughput_lines(throughput: Throughput) -> Iterator[str]:
         f"{throughput.rows:,} updates, {throughput.transaction_rows:,} in a transaction,"
         f" records of {throughput.record_bytes:,.0f} bytes"
     )
-    yield "          pg_recvlogical        walstream          walstream CPU      peak memory"
-    yield "              rows/s  µs/row    rows/s    ratio     µs/row             MiB"
-    for number, measures in enumerate(throughput.rounds, start=1):
-        yield _row(f"round {number}", measures)
+    yield f"{'':10}{'--- pg_recvlogical ---':>24}{'----------- walstream -----------':>44}"
+    yield _columns("", "rows/s", "CPU µs/row", "rows/s", "ratio", "CPU µs/row", "peak MiB")
+    for number, played in enumerate(throughput.rounds, start=1):
+        yield _row(f"round {number}", played.measures)
     yield _row("median", throughput.medians)
-    yield f"{'target':10}{f'≥ {TARGETS.ratio}':>35}{f'≤ {TARGETS.cpu_microseconds_per_row:g}':>11}"
+    yield _columns(
+        "target", "", "", "", f">= {TARGETS.ratio}", f"<= {TARGETS.cpu_microseconds_per_row:g}", ""
+    )
 
 
 def _row(label: str, measures: Measures) -> str:
-    return (
-        f"{label:10}{measures.pg_recvlogical_rows_per_second:10,.0f}"
-        f"{measures.pg_recvlogical_cpu_microseconds_per_row:8.1f}"
-        f"{measures.walstream_rows_per_second:10,.0f}{measures.ratio:9.2f}"
-        f"{measures.walstream_cpu_microseconds_per_row:11.1f}{measures.walstream_peak_mib:16.0f}"
+    return _columns(
+        label,
+        f"{measures.pg_recvlogical_rows_per_second:,.0f}",
+        f"{measures.pg_recvlogical_cpu_microseconds_per_row:.1f}",
+        f"{measures.walstream_rows_per_second:,.0f}",
+        f"{measures.ratio:.2f}",
+        f"{measures.walstream_cpu_microseconds_per_row:.1f}",
+        f"{measures.walstream_peak_mib:.0f}",
     )
+
+
+def _columns(label: str, *cells: str) -> str:
+    return (f"{label:10}" + "".join(f"{cell:>12}" for cell in cells)).rstrip()
 
 
 def _latency_lines(latency: Latency) -> Iterator[str]:
     yield (
-        f"commit to handler, {latency.commits:,} commits at {latency.commits_per_second:.0f}"
-        " a second, one row each (from just before COMMIT is sent to the handler's first line)"
+        f"commit to handler, {latency.commits:,} commits of one row,"
+        f" {latency.commits_per_second:.0f} a second,"
+        " from just before COMMIT is sent to the handler's first line"
     )
     yield (
-        f"p50 {latency.p50_milliseconds:.2f} ms (target < {TARGETS.p50_milliseconds:g}),"
+        f"  p50 {latency.p50_milliseconds:.2f} ms (target < {TARGETS.p50_milliseconds:g}),"
         f" p99 {latency.p99_milliseconds:.2f} ms (target < {TARGETS.p99_milliseconds:g}),"
         f" maximum {latency.maximum_milliseconds:.2f} ms"
     )
     yield (
-        f"for comparison: COMMIT takes the writer {latency.commit_milliseconds:.2f} ms,"
+        f"  COMMIT itself takes the writer {latency.commit_milliseconds:.2f} ms,"
         f" an empty statement {latency.round_trip_milliseconds:.2f} ms"
     )

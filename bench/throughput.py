@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 import psycopg
 
 from bench import workload
-from bench.client import Drain, Drained
+from bench.client import Drain, Drained, Job
 from bench.processes import Usage, Worker, run_program
 from walstream.cluster import PrivateCluster
 from walstream.lsn import Lsn
@@ -22,7 +22,7 @@ _OPTION: Final = re.compile(r""""([^"]+)" '((?:[^']|'')*)'""")
 
 
 class Measures(msgspec.Struct, frozen=True):
-    """One round, or the medians of all. CPU times are the clients' own, user and system."""
+    """What was measured, or medians of it. CPU time is the client's own, user and system."""
 
     pg_recvlogical_rows_per_second: float
     walstream_rows_per_second: float
@@ -30,7 +30,14 @@ class Measures(msgspec.Struct, frozen=True):
     pg_recvlogical_cpu_microseconds_per_row: float
     walstream_cpu_microseconds_per_row: float
     walstream_peak_mib: float
+
+
+class Round(msgspec.Struct, frozen=True):
+    """Both clients, one after the other; ``delivered`` counts calls of walstream's handler."""
+
+    first: Literal["pg_recvlogical", "walstream"]
     delivered: int
+    measures: Measures
 
 
 class Throughput(msgspec.Struct, frozen=True):
@@ -39,15 +46,15 @@ class Throughput(msgspec.Struct, frozen=True):
     rows: int
     transaction_rows: int
     record_bytes: float
-    rounds: list[Measures]
+    rounds: list[Round]
     medians: Measures
 
 
 class Startup(msgspec.Struct, frozen=True):
     """Seconds that are not about rows.
 
-    An empty run drains a slot that holds nothing; it is part of every round. Loading Python and the
-    modules is not: it comes before walstream's clock starts.
+    An empty run drains a slot that holds nothing; as much is part of every round. Starting Python
+    and loading the modules is not: it comes before walstream's clock starts.
     """
 
     walstream_load: float
@@ -56,10 +63,10 @@ class Startup(msgspec.Struct, frozen=True):
 
 
 class Contest:
-    """The two clients on one cluster.
+    """The two clients on one cluster, both connected by TCP.
 
-    What walstream asks wal2json for is read from the server's log, and pg_recvlogical is made to
-    ask for the same. Both connect by TCP.
+    What walstream asks wal2json for is read from the server's log, pg_recvlogical is made to ask
+    for the same, and the log is looked at again after every run.
     """
 
     def __init__(self, cluster: PrivateCluster, connection: psycopg.Connection) -> None:
@@ -72,15 +79,14 @@ class Contest:
         loads, ours, theirs = [], [], []
         for _ in range(repetitions):
             with workload.slot(self._connection, "nothing"):
-                end = workload.end_of_wal(self._connection)
                 started = time.monotonic()
-                drained = self._walstream("nothing", end)
-                loads.append(drained.loaded_at - started)
+                drained = self._walstream("nothing", workload.end_of_wal(self._connection))
+                loads.append(drained.started - started)
                 ours.append(drained.seconds)
-            self.options = self.logged_options("nothing")
+            self.options = self._logged_options("nothing")
             with workload.slot(self._connection, "nothing"):
-                end = workload.end_of_wal(self._connection)
-                theirs.append(self._pg_recvlogical("nothing", end).seconds)
+                usage = self._pg_recvlogical("nothing", workload.end_of_wal(self._connection))
+                theirs.append(usage.seconds)
         return Startup(median(loads), median(ours), median(theirs))
 
     def measure(self, rows: int, transaction_rows: int, rounds: int) -> Throughput:
@@ -88,30 +94,26 @@ class Contest:
         with workload.slot(self._connection, "origin"):
             end = workload.update_rows(self._connection, rows, transaction_rows)
             record_bytes = workload.record_bytes(self._connection, "origin", self.options)
-            measured = [self._round(number, rows, end) for number in range(1, rounds + 1)]
-        return Throughput(rows, transaction_rows, record_bytes, measured, _medians(measured))
+            played = [self._round(number, rows, end) for number in range(rounds)]
+        medians = _medians([one.measures for one in played])
+        return Throughput(rows, transaction_rows, record_bytes, played, medians)
 
-    def logged_options(self, slot: str) -> dict[str, str]:
-        """Return what the last client of a slot asked the output plugin for."""
-        log = self._cluster.log.read_text(encoding="utf-8", errors="replace")
-        listed = [options for name, options in _START.findall(log) if name == slot]
-        return {name: value.replace("''", "'") for name, value in _OPTION.findall(listed[-1])}
-
-    def _round(self, number: int, rows: int, end: Lsn) -> Measures:
-        if number % 2:
-            theirs, ours = self._drain_theirs(end), self._drain_ours(end)
+    def _round(self, number: int, rows: int, end: Lsn) -> Round:
+        first: Literal["pg_recvlogical", "walstream"]
+        if number % 2 == 0:
+            first, theirs, ours = "pg_recvlogical", self._drain_theirs(end), self._drain_ours(end)
         else:
-            ours, theirs = self._drain_ours(end), self._drain_theirs(end)
+            first, ours, theirs = "walstream", self._drain_ours(end), self._drain_theirs(end)
         assert ours.delivered == rows, f"{ours.delivered} of {rows} rows were delivered"
-        return Measures(
+        measures = Measures(
             pg_recvlogical_rows_per_second=rows / theirs.seconds,
             walstream_rows_per_second=rows / ours.seconds,
             ratio=theirs.seconds / ours.seconds,
             pg_recvlogical_cpu_microseconds_per_row=theirs.cpu_seconds / rows * 1e6,
             walstream_cpu_microseconds_per_row=ours.cpu_seconds / rows * 1e6,
             walstream_peak_mib=ours.peak_mib,
-            delivered=ours.delivered,
         )
+        return Round(first, ours.delivered, measures)
 
     def _drain_theirs(self, end: Lsn) -> Usage:
         with workload.slot(self._connection, "theirs", copy_of="origin"):
@@ -127,12 +129,19 @@ class Contest:
 
     def _check(self, slot: str, end: Lsn) -> None:
         """Make sure that the client did what is compared."""
-        assert workload.confirmed(self._connection, slot) >= end
-        assert self.logged_options(slot) == self.options
+        assert workload.confirmed(self._connection, slot) >= end, f"{slot} was not drained"
+        assert self._logged_options(slot) == self.options, f"{slot} was drained with other options"
+
+    def _logged_options(self, slot: str) -> dict[str, str]:
+        """Return what the last client of a slot asked the output plugin for."""
+        log = self._cluster.log.read_text(encoding="utf-8", errors="replace")
+        listed = [options for name, options in _START.findall(log) if name == slot]
+        return {name: value.replace("''", "'") for name, value in _OPTION.findall(listed[-1])}
 
     def _walstream(self, slot: str, end: Lsn) -> Drained:
-        dsn = self._cluster.loopback_conninfo()
-        return Worker("bench.client", Drain(dsn, slot, until=str(end))).result(Drained)
+        job = Job(self._cluster.loopback_conninfo(), slot, Drain(until=str(end)))
+        with Worker("bench.client", job) as client:
+            return client.result(Drained)
 
     def _pg_recvlogical(self, slot: str, end: Lsn) -> Usage:
         command = [
@@ -143,15 +152,14 @@ class Contest:
             f"--dbname={self._cluster.conninfo(host='127.0.0.1')}",
             f"--slot={slot}",
             f"--endpos={end}",
-            *_as_arguments(self.options),
+            *_arguments(self.options),
         ]
         return run_program(command, {"PGPASSWORD": self._cluster.password})
 
 
-def _as_arguments(options: dict[str, str]) -> Iterator[str]:
+def _arguments(options: Mapping[str, str]) -> Iterator[str]:
     return (f"--option={name}={value}" for name, value in options.items())
 
 
-def _medians(rounds: list[Measures]) -> Measures:
-    columns = zip(*map(msgspec.structs.astuple, rounds), strict=True)
-    return Measures(*map(median, columns))
+def _medians(measured: list[Measures]) -> Measures:
+    return Measures(*map(median, zip(*map(msgspec.structs.astuple, measured), strict=True)))

@@ -20,7 +20,7 @@ CLUSTER_SETTINGS: Final = {
     "autovacuum": "off",
     "checkpoint_timeout": "1h",
     "max_wal_size": "8GB",
-    # The START_REPLICATION of each client stands in the log: see the module throughput.
+    # What each client asks wal2json for then stands in the log.
     "log_replication_commands": "on",
 }
 
@@ -102,21 +102,18 @@ def confirmed(connection: psycopg.Connection, slot_name: str) -> Lsn:
     return Lsn.parse(_one(connection, query, slot_name))
 
 
-def is_streaming(connection: psycopg.Connection, slot_name: str) -> bool:
-    """Whether a client streams from the slot."""
-    query = """
-        SELECT EXISTS (SELECT FROM pg_stat_replication r JOIN pg_replication_slots s
-                                   ON s.active_pid = r.pid
-                        WHERE s.slot_name = %s AND r.state IN ('catchup', 'streaming'))
-    """
-    return bool(_one(connection, query, slot_name))
+def somebody_streams(connection: psycopg.Connection) -> bool:
+    """Whether a client has caught up with the end of the WAL."""
+    query = "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE state = 'streaming')"
+    return bool(_one(connection, query))
 
 
 def record_bytes(connection: psycopg.Connection, slot_name: str, options: dict[str, str]) -> float:
     """Return the mean length of an update's record among the first 1,000 of a slot."""
     listed = [part for option in options.items() for part in option]
     query = """
-        SELECT avg(octet_length(data)) FROM pg_logical_slot_peek_changes(%s, NULL, 1000, VARIADIC %s)
+        SELECT avg(octet_length(data))
+          FROM pg_logical_slot_peek_changes(%s, NULL, 1000, VARIADIC %s)
          WHERE data LIKE '{"action":"U"%%'
     """
     return float(_one(connection, query, slot_name, listed))

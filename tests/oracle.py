@@ -15,13 +15,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import zip_longest
-from os.path import commonprefix
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
 from tests.postgres import Database, wait_until
-from tests.workload import BIG, make_tables
+from tests.workload import Kind, make_tables
 from walstream.cluster import ServerPrograms
 from walstream.decoder import START_OPTIONS
 
@@ -65,9 +64,7 @@ class Twins:
         self._config = folder / "walstream.toml"
         self._config.write_text(_configuration(database.dsn, self._slot, self.path, routes, app))
         database.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self._slot)
-        database.execute(
-            "SELECT pg_copy_logical_replication_slot(%s, %s)", self._slot, self._twin
-        )
+        database.execute("SELECT pg_copy_logical_replication_slot(%s, %s)", self._slot, self._twin)
 
     def __enter__(self) -> Self:
         return self
@@ -134,10 +131,8 @@ class Twins:
         """Return what walstream has written, in the form in which ``expected`` is."""
         return [canonical(line) for line in lines_of(self.path)]
 
-    def expected(
-        self, until: str, wanted: Callable[[Record], bool] = lambda record: True
-    ) -> list[str]:
-        """Return the lines that must be there when the records that are wanted are routed."""
+    def expected(self, until: str, wanted: Callable[[Record], bool] | None = None) -> list[str]:
+        """Return the lines that must be there when all records, or those wanted, are sent."""
         return [json.dumps(line) for line in expected_lines(filter(wanted, self.records(until)))]
 
     def records(self, until: str) -> list[Record]:
@@ -217,7 +212,7 @@ def _row(record: Record) -> tuple[dict[str, Any] | None, list[str]]:
         return row, []
     if table.is_full:
         return {**identity, **row}, []
-    big = [name for name, kind in table.columns.items() if kind == BIG]
+    big = [name for name, kind in table.columns.items() if kind is Kind.BIG]
     return row, [name for name in big if name not in row]
 
 
@@ -231,16 +226,21 @@ def _instant(timestamp: str) -> str:
 
 
 def assert_same(found: Sequence[str], expected: Sequence[str]) -> None:
-    """Compare lines, and show the first one that differs from where it does."""
+    """Compare lines, and show the first one that differs, from where it does."""
     for number, (line, other) in enumerate(zip_longest(found, expected, fillvalue=""), start=1):
         if line != other:
-            same = max(len(commonprefix([line, other])) - 40, 0)
+            start = max(_equal_characters(line, other) - 40, 0)
             message = (
                 f"line {number} of {len(found)} found, {len(expected)} expected,"
-                f" from character {same} on:\n"
-                f"found:    {line[same : same + 300]}\nexpected: {other[same : same + 300]}"
+                f" from character {start} on:\n"
+                f"found:    {line[start : start + 300]}\nexpected: {other[start : start + 300]}"
             )
             raise AssertionError(message)
+
+
+def _equal_characters(line: str, other: str) -> int:
+    pairs = enumerate(zip_longest(line, other))
+    return next(place for place, (one, another) in pairs if one != another)
 
 
 def _configuration(

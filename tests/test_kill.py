@@ -84,7 +84,10 @@ def test_kill_9_loses_nothing_and_repeats_come_as_they_were(
     places = places_of(ids)
     for start, end in pairwise([0, *ends, len(lines)]):
         assert all(later - earlier == 1 for earlier, later in pairwise(places[start:end]))
-    assert_kills_hit_the_middle(places, ends, list(first))
+    hits = hits_in_the_middle(places, ends)
+    assert len(hits) >= KILLS // 2
+    transactions = [identity.partition(":")[0] for identity in first]
+    assert any(transactions[hit] == transactions[hit + 1] for hit in hits)
 
 
 @pytest.mark.timeout(120)
@@ -93,17 +96,20 @@ def test_kill_9_loses_nothing_that_a_slow_handler_has_not_seen(
 ) -> None:
     """Killed when it has just confirmed, while more is received than handled."""
     (tmp_path / "handlers.py").write_text(HANDLERS)
+    seen = tmp_path / "seen"
+    ends = []
     with Twins(database, server_programs, tmp_path, routes=(), app="handlers:stream") as twins:
         with paced_workload(database, HANDLER_KILLS * TRANSACTIONS) as pace:
             for _ in range(HANDLER_KILLS):
                 pace.release(TRANSACTIONS)
                 kill(twins, lambda process: until_it_confirms(process, twins))
+                ends.append(whole_lines(seen))
         until = twins.now()
         twins.run("now")
         expected = [json.loads(line)["id"] for line in twins.expected(until)]
-    seen = (tmp_path / "seen").read_text().split()
-    assert list(dict.fromkeys(seen)) == expected
-    assert len(seen) > len(expected)
+    ids = seen.read_text().split()
+    assert list(dict.fromkeys(ids)) == expected
+    assert len(hits_in_the_middle(places_of(ids), ends)) >= HANDLER_KILLS // 2
 
 
 def places_of(ids: Sequence[str]) -> list[int]:
@@ -112,18 +118,13 @@ def places_of(ids: Sequence[str]) -> list[int]:
     return [place[identity] for identity in ids]
 
 
-def assert_kills_hit_the_middle(
-    places: Sequence[int], ends: Sequence[int], order: Sequence[str]
-) -> None:
-    """A good part came after a process had written something, and before all was written."""
-    hits = [
+def hits_in_the_middle(places: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Return where the kills hit that came after a process had written, and before all was."""
+    return [
         places[end - 1]
         for start, end in pairwise([0, *ends])
-        if start < end and max(places[:end]) < len(order) - 1
+        if start < end and max(places[:end]) < max(places)
     ]
-    assert len(hits) >= KILLS // 2
-    transactions = [identity.partition(":")[0] for identity in order]
-    assert any(transactions[hit] == transactions[hit + 1] for hit in hits)
 
 
 @contextmanager

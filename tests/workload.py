@@ -16,16 +16,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final, LiteralString, cast
+from enum import Enum, auto
+from typing import Any, Final
 
 import psycopg
 from psycopg import sql
 
 SESSIONS: Final = 4
 
-BOOL, INT, NUMERIC, TEXT, BIG, DAY, PARENT = "BOOL", "INT", "NUMERIC", "TEXT", "BIG", "DAY", "PARENT"
-"""What a column holds. BIG texts are stored out of line: an UPDATE that leaves one alone does not
-send it. DAY decides on the partition, PARENT is a foreign key."""
+
+class Kind(Enum):
+    """What a column holds.
+
+    A BIG text is stored out of line: an UPDATE that leaves it alone does not send it. The DAY
+    decides on the partition, the PARENT is a foreign key.
+    """
+
+    BOOL = auto()
+    INT = auto()
+    NUMERIC = auto()
+    TEXT = auto()
+    BIG = auto()
+    DAY = auto()
+    PARENT = auto()
 
 
 @dataclass(eq=False)
@@ -35,7 +48,7 @@ class Table:
     schema: str
     name: str
     key: str
-    columns: dict[str, str]
+    columns: dict[str, Kind]
     is_full: bool = False
 
     @property
@@ -52,23 +65,34 @@ def make_tables() -> dict[str, Table]:
             "public",
             "accounts",
             "id",
-            {"owner": TEXT, "balance": INT, "rate": NUMERIC, "active": BOOL},
+            {"owner": Kind.TEXT, "balance": Kind.INT, "rate": Kind.NUMERIC, "active": Kind.BOOL},
         ),
         "profiles": Table(
-            "public", "profiles", "id", {"email": TEXT, "bio": BIG, "visits": INT}, is_full=True
+            "public",
+            "profiles",
+            "id",
+            {"email": Kind.TEXT, "bio": Kind.BIG, "visits": Kind.INT},
+            is_full=True,
         ),
         "documents": Table(
-            "public", "documents", "id", {"title": TEXT, "body": BIG, "pages": INT, "notes": BIG}
+            "public",
+            "documents",
+            "id",
+            {"title": Kind.TEXT, "body": Kind.BIG, "pages": Kind.INT, "notes": Kind.BIG},
         ),
-        "devices": Table("public", "devices", "id", {"state": TEXT, "manual": BIG}),
-        "journal": Table("public", "journal", "id", {"entry": TEXT}),
+        "devices": Table("public", "devices", "id", {"state": Kind.TEXT, "manual": Kind.BIG}),
+        "journal": Table("public", "journal", "id", {"entry": Kind.TEXT}),
         "readings": Table(
-            "public", "readings", "id", {"day": DAY, "value": INT, "remark": TEXT}
+            "public", "readings", "id", {"day": Kind.DAY, "value": Kind.INT, "remark": Kind.TEXT}
         ),
-        "orders": Table(odd, "Order 'Items'", "Key", {"Größe, cm": INT, 'quo"te': TEXT}),
-        "lines": Table(odd, "a.b,c\\d e\tf*", "a b", {"order's": PARENT, "back\\sl.ash": TEXT}),
-        "badges": Table("ünï 💡", 'UPPER "lower" case', "Ⅸ", {"💡": TEXT, "*": BOOL}, is_full=True),
-        "star": Table("ünï 💡", "*", "select", {"from": INT}),
+        "orders": Table(odd, "Order 'Items'", "Key", {"Größe, cm": Kind.INT, 'quo"te': Kind.TEXT}),
+        "lines": Table(
+            odd, "a.b,c\\d e\tf*", "a b", {"order's": Kind.PARENT, "back\\sl.ash": Kind.TEXT}
+        ),
+        "badges": Table(
+            "ünï 💡", 'UPPER "lower" case', "Ⅸ", {"💡": Kind.TEXT, "*": Kind.BOOL}, is_full=True
+        ),
+        "star": Table("ünï 💡", "*", "select", {"from": Kind.INT}),
     }
 
 
@@ -98,7 +122,11 @@ CREATE TABLE readings_2_early PARTITION OF readings_2 FOR VALUES FROM (20) TO (2
 CREATE TABLE readings_2_late PARTITION OF readings_2 FOR VALUES FROM (25) TO (30);
 
 CREATE SCHEMA "Sales, 2026.*";
-CREATE TABLE "Sales, 2026.*"."Order 'Items'" ("Key" int PRIMARY KEY, "Größe, cm" int, "quo""te" text);
+CREATE TABLE "Sales, 2026.*"."Order 'Items'" (
+    "Key" int PRIMARY KEY,
+    "Größe, cm" int,
+    "quo""te" text
+);
 CREATE TABLE "Sales, 2026.*"."a.b,c\\d e\tf*" (
     "a b" int PRIMARY KEY,
     "order's" int REFERENCES "Sales, 2026.*"."Order 'Items'" ON DELETE CASCADE ON UPDATE CASCADE,
@@ -118,12 +146,12 @@ TEXTS: Final = (
     "",
     " ",
     "null",
-    "O'Brien said \"no\\yes\"",
+    'O\'Brien said "no\\yes"',
     "line one\nline two\r\n\tthree",
     "\x01\x08\x0b\x1f\x7f",
     "\\u0041 \\x41 \\\\",
     "{[,]}:",
-    "naïve café – 10 €",
+    "naïve café \u2013 10 €",
     "e\u0301 \u202eright to left\u202c \u2028\u2029\ufeff",
     "👩‍👩‍👧 𝄞 \U0010ffff",
     "日本語のテキスト",
@@ -138,9 +166,7 @@ def prepare(dsn: str) -> None:
         connection.execute(SCHEMA.encode())
 
 
-def run(
-    dsn: str, seed: int, transactions: int, pace: Callable[[], object] = lambda: None
-) -> None:
+def run(dsn: str, seed: int, transactions: int, pace: Callable[[], object] = lambda: None) -> None:
     """Run so many transactions, most of which commit.
 
     Args:
@@ -175,7 +201,7 @@ def _roll_back_prepared(dsn: str) -> None:
 
 
 class _Session:
-    """A connection, its own keys in each table, and the rest of its transaction, if it is in one."""
+    """A connection, the keys of its own rows, and the rest of the transaction that it is in."""
 
     def __init__(self, connection: psycopg.Connection) -> None:
         self.connection = connection
@@ -189,7 +215,7 @@ class _Session:
 
 
 def _composed(query: str, names: Mapping[str, sql.Composable]) -> sql.Composed:
-    return sql.SQL(cast(LiteralString, query)).format(**names)
+    return sql.SQL(query).format(**names)
 
 
 class _Workload:
@@ -397,7 +423,7 @@ class _Workload:
             statement = "ALTER TABLE {table} DROP COLUMN {column}"
         else:
             self._made += 1
-            column, kind = f"added {self._made}", INT
+            column, kind = f"added {self._made}", Kind.INT
             statement = self._chance.choice(
                 (
                     "ALTER TABLE {table} ADD COLUMN {column} int",
@@ -405,7 +431,7 @@ class _Workload:
                 )
             )
             if table.is_full and self._happens(0.7):
-                kind = BIG
+                kind = Kind.BIG
                 statement = (
                     "ALTER TABLE {table} ADD COLUMN {column} text,"
                     " ALTER COLUMN {column} SET STORAGE EXTERNAL"
@@ -451,7 +477,7 @@ class _Workload:
     def _come_and_go(self, session: _Session, _: Table) -> None:
         """A table that is gone before anybody can look at it."""
         session.execute(
-            "CREATE TABLE passing AS SELECT g AS id, repeat('x', g) AS t FROM generate_series(1, 5) g;"
+            "CREATE TABLE passing AS SELECT g AS id, 'x'::text AS t FROM generate_series(1, 5) g;"
             " TRUNCATE passing;"
             " INSERT INTO passing VALUES (1, NULL);"
             " DROP TABLE passing"
@@ -586,24 +612,25 @@ class _Workload:
             # The foreign key leads from one to the other.
             session.uses |= {self._tables["orders"], self._tables["lines"]}
 
-    def _column(self, table: Table) -> tuple[str, str]:
+    def _column(self, table: Table) -> tuple[str, Kind]:
         return self._chance.choice([*table.columns.items()])
 
-    def _value(self, session: _Session, kind: str) -> Any:
+    def _value(self, session: _Session, kind: Kind) -> Any:
+        if kind is Kind.DAY:
+            return self._chance.randrange(self._days)
+        if kind is Kind.PARENT:
+            return self._chance.choice([None, *session.keys[self._tables["orders"]][-3:]])
+        return None if self._happens(0.1) else self._filled(kind)
+
+    def _filled(self, kind: Kind) -> Any:
         chance = self._chance
-        if kind == DAY:
-            return chance.randrange(self._days)
-        if kind == PARENT:
-            return chance.choice([None, *session.keys[self._tables["orders"]][-3:]])
-        if self._happens(0.1):
-            return None
-        if kind == BOOL:
+        if kind is Kind.BOOL:
             return bool(self._coin())
-        if kind == INT:
+        if kind is Kind.INT:
             return chance.choice((chance.randrange(1000), 0, -1, 2**31 - 1, -(2**31)))
-        if kind == NUMERIC:
+        if kind is Kind.NUMERIC:
             return Decimal(chance.choice(NUMBERS))
-        if kind == BIG and self._happens(0.7):
+        if kind is Kind.BIG and self._happens(0.7):
             return chance.randbytes(chance.randint(1200, 2500)).hex()
         return chance.choice((*TEXTS, chance.randbytes(6).hex()))
 

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
 from walstream import config as configuration
+from walstream import logs
 from walstream.config import Config, RouteSpec
 from walstream.daemon import Daemon, Summary
 from walstream.delivery import Handler, HandlerFunction
@@ -97,6 +100,8 @@ class Walstream:
         """
         if not isinstance(config, Config):
             config = configuration.load(None if config is None else Path(config))
+        if not structlog.is_configured():  # by default structlog prints to the standard output
+            logs.configure(config.log.level, config.log.format)
         self._daemon = Daemon(config, self.handlers, until=until)
         try:
             return await self._daemon.run()

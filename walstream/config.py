@@ -9,13 +9,19 @@ Mistakes are reported all at once, each with its key path, what was found and wh
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from walstream import filters, postgres, projection
 from walstream.changes import Operation
@@ -304,10 +310,22 @@ def parse(content: Mapping[str, Any], *, source: str = "environment") -> Config:
         content = config.model_dump()
     except ValidationError as error:
         problems = [_problem(detail) for detail in error.errors()]
+    except SettingsError as error:
+        raise ConfigError([f"environment: {error}"], hint="it has to be JSON") from None
     problems += _dangling(content)
     if config is None or problems:
-        raise ConfigError([f"{source}: {problem}" for problem in problems])
+        raise ConfigError([f"{_source(problem, source)}: {problem}" for problem in problems])
     return config
+
+
+def _source(problem: str, source: str) -> str:
+    """Name the environment variable that a problem comes from, if there is one of that name."""
+    section, _, rest = problem.partition(":")[0].partition(".")
+    key = rest.partition(".")[0]
+    for name in (f"{ENV_PREFIX}{section}_{key}", f"{ENV_PREFIX}{section}"):
+        if name.upper() in os.environ:
+            return name.upper()
+    return source
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -325,6 +343,8 @@ def _dangling(content: Mapping[str, Any]) -> list[str]:
     Looked up in what was written, so that these mistakes are told together with the others.
     """
     routes, sinks = content.get("routes"), content.get("sinks") or {}
+    if f"{ENV_PREFIX}SINKS" in os.environ and not sinks:
+        return []
     if not isinstance(routes, list) or not isinstance(sinks, Mapping):
         return []
     known = ", ".join(sinks) or "none, there is no [sinks.<name>]"

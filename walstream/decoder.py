@@ -130,14 +130,14 @@ class Decoder:
     place among the records that the server sent for the transaction, beginning with 1.
     """
 
-    def __init__(self, *, encoding: str = "utf-8") -> None:
+    def __init__(self, *, encoding: str | None = None) -> None:
         """Start between two transactions.
 
         Args:
             encoding: Python's name of the database's encoding; wal2json sends text in it, whatever
-                the ``client_encoding`` is.
+                the ``client_encoding`` is. None is UTF-8 that the server vouches for.
         """
-        self._encoding = None if encoding.lower() in {"utf-8", "utf8"} else encoding
+        self._encoding = encoding
         self._layouts: dict[tuple[str, str], list[Layout]] = {}
         self._transaction: Transaction | None = None
         self._ordinal = 0
@@ -298,5 +298,5 @@ def _undecodable(record: bytes | memoryview, reason: str) -> DecodeError:
     message = f"a record of {len(record)} bytes is not one of wal2json's: {reason}"
     return DecodeError(
         message,
-        hint="walstream reads wal2json 2.4 and later, format-version 2; the slot was not moved",
+        hint="walstream reads wal2json 2.5 and later, format-version 2; the slot was not moved",
     )

@@ -12,6 +12,7 @@
     │   ├── PluginRefused           wal2json is installed, and the server's settings refuse it
     │   ├── PluginTooOld            wal2json does not know an option that it is asked for
     │   ├── SlotMissing             the slot does not exist and is not to be created
+    │   ├── SlotExists              a slot of that name is there already
     │   ├── SlotUnfit               the slot belongs to another database or output plugin
     │   ├── SlotLost                the slot exists and can never stream again: changes are lost
     │   └── ServerProgramsMissing   a private cluster was asked for and PostgreSQL is not installed
@@ -112,6 +113,10 @@ class PluginTooOld(SetupError):
 
 class SlotMissing(SetupError):
     """The replication slot does not exist."""
+
+
+class SlotExists(SetupError):
+    """A replication slot of that name exists already."""
 
 
 class SlotUnfit(SetupError):

@@ -5,6 +5,7 @@ The one place where a server's error becomes one of ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import psycopg
@@ -25,6 +26,7 @@ from walstream.errors import (
     SlotBusy,
     SlotCreationBlocked,
     SlotExhausted,
+    SlotExists,
     SlotLost,
     SlotMissing,
     SlotUnfit,
@@ -70,21 +72,23 @@ _PYTHON_ENCODINGS: Final = {
     "KOI8U": "koi8-u",
     **{f"LATIN{number}": f"latin{number}" for number in range(1, 11)},
     "SQL_ASCII": "utf-8",
-    "UTF8": "utf-8",
     "WIN866": "cp866",
     "WIN874": "cp874",
     **{f"WIN{page}": f"cp{page}" for page in range(1250, 1259)},
 }
 
 
-def python_encoding(encoding: str) -> str:
+def python_encoding(encoding: str) -> str | None:
     """Return Python's name of a database's encoding (PostgreSQL documentation, 24.3.1).
 
-    SQL_ASCII says nothing about the text; it is read as UTF-8, and refused where it is not.
+    None is UTF-8 that the server vouches for. SQL_ASCII vouches for nothing: its text is read as
+    UTF-8, and refused where it is not.
 
     Raises:
         DatabaseUnfit: Python has no such encoding (EUC_TW, MULE_INTERNAL).
     """
+    if encoding == "UTF8":
+        return None
     try:
         return _PYTHON_ENCODINGS[encoding]
     except KeyError:
@@ -127,6 +131,7 @@ async def connect(
         name: value for name, value in _CONNECT_DEFAULTS.items() if name not in given
     }
     options["fallback_application_name"] = application_name
+    options["client_encoding"] = "UTF8"  # psycopg gives bytes for text in SQL_ASCII
     if replication:
         options["replication"] = "database"
     try:
@@ -134,7 +139,7 @@ async def connect(
             make_conninfo(dsn, **options), autocommit=True, prepare_threshold=None
         )
     except psycopg.Error as error:
-        raise connect_error(error) from error
+        raise _with_hint_at_defaults(connect_error(error), given) from error
     if not replication:
         return connection
     try:
@@ -151,6 +156,15 @@ async def connect(
 async def _pin_settings(connection: AsyncConnection[TupleRow]) -> None:
     for name, value in SESSION_SETTINGS.items():
         await connection.execute(f"SET {name} TO {value}".encode())
+
+
+def _with_hint_at_defaults(error: WalstreamError, given: Mapping[str, Any]) -> WalstreamError:
+    if not given and not error.hint:
+        error.hint = (
+            "no dsn is configured, so libpq's defaults and PG... variables were used: set dsn under"
+            " [postgres], or WALSTREAM_POSTGRES_DSN"
+        )
+    return error
 
 
 def connect_error(error: psycopg.Error) -> WalstreamError:  # noqa: PLR0911 - one table
@@ -221,6 +235,10 @@ def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911
             return SlotCreationBlocked("the slot's creation waits for running transactions")
         case "42704" if "slot" in text:
             return SlotMissing(text, hint="walstream slot create, or create = true under [slot]")
+        case "42710" if "slot" in text:
+            return SlotExists(
+                text, hint="walstream slot status shows it; drop it first to renew it"
+            )
         case "42P01" | "42703" | "3F000":
             return RelationMissing(text)
         case "53400":

@@ -174,9 +174,11 @@ def _partial_identity(table: Table, route: Route, masked: frozenset[str]) -> Ite
         return
     where = route.where
     if where is not None and Operation.DELETE in wanted:
-        yield from _untestable(where, carried, "a delete carries")
+        # A route that just wants everything still gets its inserts and updates.
+        grave = Status.PROBLEM if route.explicit else Status.WARNING
+        yield from _untestable(where, carried, "a delete carries", grave)
     if where is not None and Operation.UPDATE in wanted and route.leaving:
-        yield from _untestable(where, carried, "of the old row an update carries")
+        yield from _untestable(where, carried, "of the old row an update carries", Status.PROBLEM)
     if Operation.UPDATE in wanted:
         long = {column.name for column in table.columns if column.toastable} - carried
         yield from _left_out(long, where, masked)
@@ -193,7 +195,9 @@ def _left_out(long: set[str], where: Filter | None, masked: frozenset[str]) -> I
         yield _Concern(Status.WARNING, text + outcome, _FULL)
 
 
-def _untestable(where: Filter, carried: frozenset[str], what: str) -> Iterator[_Concern]:
+def _untestable(
+    where: Filter, carried: frozenset[str], what: str, grave: Status
+) -> Iterator[_Concern]:
     absent = columns(where) - carried
     if not absent:
         return
@@ -201,7 +205,7 @@ def _untestable(where: Filter, carried: frozenset[str], what: str) -> Iterator[_
     if _may_hold(where, carried):
         yield _Concern(Status.WARNING, f"{text} does not match where that decides", _FULL)
     else:
-        yield _Concern(Status.PROBLEM, f"{text} never matches", _FULL)
+        yield _Concern(grave, f"{text} never matches", _FULL)
 
 
 def _may_hold(where: Filter, carried: frozenset[str], *, negated: bool = False) -> bool:

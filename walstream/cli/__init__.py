@@ -13,8 +13,8 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from walstream.cli import checking, demo, slot, streaming
-from walstream.cli.reporting import report
-from walstream.errors import EX_OK, EX_USAGE, UsageError, WalstreamError
+from walstream.cli.reporting import report, report_bug
+from walstream.errors import EX_OK, EX_SOFTWARE, EX_USAGE, UsageError, WalstreamError
 
 INTERRUPTED: Final = 130
 """The exit code that shells give to a program ended by SIGINT."""
@@ -60,4 +60,7 @@ def main() -> NoReturn:
     except WalstreamError as error:
         report(error)
         sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the one place for what nobody foresaw
+        report_bug(error)
+        sys.exit(EX_SOFTWARE)
     sys.exit(code if isinstance(code, int) else EX_OK)

@@ -23,7 +23,9 @@ from walstream.slots import SlotStatus, advance_slot, create_slot, drop_slot, sl
 
 T = TypeVar("T")
 
-app = typer.Typer(help="Create, drop, look at and advance the replication slot.")
+app = typer.Typer(
+    help="Create, drop, look at and advance the replication slot.", no_args_is_help=True
+)
 
 Name = Annotated[
     str | None, typer.Option("--name", metavar="SLOT", help="Instead of the configuration's.")

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def run(
     app: Annotated[
         str | None,
         typer.Argument(
-            metavar="[APP]",
+            metavar="APP",
             help="Handlers as module:name of a Walstream object, such as handlers:stream.",
         ),
     ] = None,
@@ -74,7 +75,7 @@ def run(
 def tail(
     tables: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TABLE]...", help="schema.table, * for either part; all without."),
+        typer.Argument(metavar="TABLE", help="schema.table, * for either part; all without."),
     ] = None,
     config: ConfigFile = None,
     dsn: Dsn = None,
@@ -143,10 +144,15 @@ def load_app(path: str) -> Walstream:
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
         message = f"there is no module {error.name}"
         raise UsageError(message, hint="the current folder and PYTHONPATH are searched") from None
+    except WalstreamError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the user's module
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{frames[-1].filename}:{frames[-1].lineno}"
+        message = f"the module {module_name} cannot be imported: {type(error).__name__}: {error}"
+        raise UsageError(message, hint=f"it was raised at {place}") from None
     for part in name.split("."):
         if not hasattr(found, part):
             message = f"the module {module_name} has no {name}"
