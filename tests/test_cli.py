@@ -165,6 +165,7 @@ def test_until_a_position_stops_before_what_commits_after_it(
         (["tail", "orders"], "write schema.table"),
         (["tail", "public.orders", "--where", "status=equals.x"], "equals"),
         (["run"], "nothing is routed anywhere"),
+        (["slot", "create", "--name", "Foo"], "found 'Foo'; allowed: lower-case letters"),
     ],
 )
 def test_mistakes_on_the_command_line_exit_with_64(
@@ -397,6 +398,72 @@ def test_secrets_are_read_from_files_and_never_shown(cli: CommandLine, orders: D
     assert answer.returncode == 78
     assert "is not a connection string" in answer.stderr
     assert "hunter2" not in answer.stderr
+
+
+def test_a_key_file_that_is_not_text_is_a_mistake_of_the_configuration(
+    cli: CommandLine, orders: Database
+) -> None:
+    (cli.folder / "key").write_bytes(b"\xff\xfe\x00")
+    cli.write(
+        "walstream.toml",
+        config(orders, slot_name()) + f'[masking]\nkey_file = "{cli.folder}/key"\n',
+    )
+    answer = cli.run("run")
+    assert (answer.returncode, answer.stdout) == (78, "")
+    assert f"masking.key_file: {cli.folder}/key is not text in UTF-8" in answer.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "tail", "check"])
+def test_a_password_that_is_not_percent_encoded_is_refused_unseen(
+    cli: CommandLine, command: str
+) -> None:
+    answer = cli.run(command, "--dsn", "postgresql://me:hunt@er2@nohost/db")
+    assert answer.returncode == 78
+    assert "must be percent-encoded" in answer.stderr
+    assert "er2" not in answer.stderr + answer.stdout
+
+
+def test_the_reconnecting_log_holds_no_password(cli: CommandLine) -> None:
+    cli.write(
+        "walstream.toml",
+        '[postgres]\ndsn = "host=hunter2.invalid password=hunter2"\n[sinks.out]\ntype = "stdout"\n'
+        '[[routes]]\ntable = "*.*"\nto = "out"\n[stream]\nreconnect_seconds = 0.05\n',
+    )
+    with cli.running("run") as process:
+        wait_until(lambda: any(e["event"] == "reconnecting" for e in cli.log()))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert "***.invalid" in (cli.folder / "log").read_text()
+    assert "hunter2" not in (cli.folder / "log").read_text()
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_environment_variables_of_no_section_are_named_without_their_values(
+    cli: CommandLine, command: str
+) -> None:
+    cli.environment |= {
+        "WALSTREAM_POSTGRS_DSN": "host=h password=hunter2",
+        "WALSTREAM_POSTGRES_DSN": "host=/nowhere",
+        "WALSTREAM_TEST_DSN": "",
+        "WALSTREAM_SERVICE_HOST": "10.0.0.1",
+        "WALSTREAM_PORT_80_TCP": "tcp://10.0.0.1:80",
+    }
+    with cli.running(command) as process:
+        process.wait(20)
+    told = [e for e in cli.log() if e["event"] == "environment_ignored"]
+    assert [(e["level"], e["variable"]) for e in told] == [("warning", "WALSTREAM_POSTGRS_DSN")]
+    assert "hunter2" not in (cli.folder / "log").read_text()
+
+
+def test_connection_parameters_that_nobody_takes_are_not_tried_again(cli: CommandLine) -> None:
+    cli.write(
+        "walstream.toml",
+        '[postgres]\ndsn = "host=localhost sslmode=nonsense"\n[sinks.out]\ntype = "stdout"\n'
+        '[[routes]]\ntable = "*.*"\nto = "out"\n',
+    )
+    answer = cli.run("run")
+    assert (answer.returncode, answer.stdout) == (78, "")
+    assert 'invalid sslmode value: "nonsense"' in answer.stderr
 
 
 def test_the_environment_wins_over_the_file(cli: CommandLine, orders: Database) -> None:

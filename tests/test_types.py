@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import date
 from decimal import Decimal
 from typing import Any
 
@@ -330,6 +331,62 @@ def knows_numbers_as_strings(database: Database) -> bool:
     except psycopg.errors.InvalidParameterValue:
         return False
     return True
+
+
+@pytest.mark.parametrize("attributes", ['"from" int, "to" text', '"a b" int, "a-b" text'])
+async def test_a_composite_that_cannot_be_a_named_tuple_comes_with_numbered_attributes(
+    database: Database, attributes: str
+) -> None:
+    """Alone, in an array and inside of another composite."""
+    database.execute(
+        f"CREATE TYPE segment AS ({attributes}); CREATE TYPE way AS (name text, whole segment);"
+        "CREATE TABLE ways (id int PRIMARY KEY, one segment, some segment[], inside way)"
+    )
+    stream = Stream(database)
+    stream.record("public.ways")
+    database.execute(
+        "INSERT INTO ways VALUES (1, '(1,x)', ARRAY['(2,y)', NULL]::segment[], '(n,\"(3,)\")')"
+    )
+    await stream.drain()
+    [change] = stream.changes
+    row = change.row
+    assert (row["one"], row["some"], row["inside"]) == (
+        (1, "x"),
+        [(2, "y"), None],
+        ("n", (3, None)),
+    )
+    assert row["inside"].name == "n"
+    [(as_json,)] = database.execute("SELECT to_jsonb(ways)::text FROM ways")
+    assert exact_json(change.to_json())["row"] == exact_json(as_json)
+
+
+async def test_values_older_than_an_attribute_have_none_for_it(typed: Database) -> None:
+    typed.execute("CREATE TABLE pairs (id int PRIMARY KEY, one pair, some pair[])")
+    stream = Stream(typed)
+    stream.record("public.pairs")
+    typed.execute("INSERT INTO pairs VALUES (1, '(1,x)', ARRAY['(1,x)']::pair[])")
+    typed.execute("ALTER TYPE pair ADD ATTRIBUTE further date")
+    typed.execute("INSERT INTO pairs VALUES (2, '(2,y,2024-02-29)')")
+    await stream.drain()
+    old, new = (change.row for change in stream.changes)
+    assert (old["one"], old["some"]) == ((1, "x", None), [(1, "x", None)])
+    assert old["one"].further is None
+    assert new["one"] == (2, "y", date(2024, 2, 29))
+
+
+async def test_values_with_more_attributes_than_their_type_had_come_as_text(
+    typed: Database,
+) -> None:
+    """The type is not read again in a running session."""
+    typed.execute("CREATE TABLE pairs (id int PRIMARY KEY, one pair)")
+    stream = Stream(typed)
+    stream.record("public.pairs")
+    typed.execute("INSERT INTO pairs VALUES (1, '(1,x)')")
+    await stream.drain()
+    typed.execute("ALTER TYPE pair ADD ATTRIBUTE further int")
+    typed.execute("INSERT INTO pairs VALUES (2, '(2,y,3)')")
+    await stream.drain()
+    assert [change.row["one"] for change in stream.changes][1] in ("(2,y,3)", (2, "y", 3))
 
 
 async def test_an_enum_that_has_grown_is_filtered_by_its_new_order(typed: Database) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 import psycopg
+import structlog
 from psycopg import AsyncConnection, sql
 from psycopg.rows import TupleRow
 
@@ -24,10 +25,17 @@ from walstream.lsn import Lsn
 from walstream.postgres import SESSION_SETTINGS, connect, server_error
 from walstream.values import Kind, PgType, Types
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.catalog")
+
 _PINNED: Final = b"; ".join(
     b"SET LOCAL %b TO %b" % (name.encode(), value.encode())
     for name, value in SESSION_SETTINGS.items()
 )
+
+
+VISIBLE_SECONDS: Final = 5.0
+VISIBLE_PAUSE_SECONDS: Final = 0.002
+"""How long, and in which steps, a transaction is waited for that is not visible yet."""
 
 
 class TableColumn(msgspec.Struct, frozen=True):
@@ -128,8 +136,8 @@ class Catalog:
             tuple(Relation(*ancestor) for ancestor in ancestors),
         )
 
-    async def tables(self, schema: str, name: str) -> list[Relation]:
-        """List the tables that a pattern names; ``*`` stands for all."""
+    async def tables(self, schema: str | None = None, name: str | None = None) -> list[Relation]:
+        """List the tables of a schema and name; None stands for all."""
         rows = await self.rows(_TABLES, {"schema": schema, "name": name})
         return [Relation(*row) for row in rows]
 
@@ -158,6 +166,7 @@ class Catalog:
             missing=tuple(name for name in toastable if name not in sent),
             toastable=toastable,
             is_full=table is not None and table.replica_identity == "f",
+            in_catalog=table is not None,
         )
 
     async def learn_types(self, oids: Iterable[int]) -> None:
@@ -170,6 +179,24 @@ class Catalog:
         """Fetch all types again that are not built in: one of them has changed."""
         self._normalised.clear()
         await self._fetch_types(sorted(self.types.learned()))
+
+    async def wait_until_visible(self, xid: int) -> None:
+        """Wait until what a transaction has done to the catalog can be seen, for some seconds.
+
+        The walsender sends a transaction before other sessions see it, by less than a millisecond
+        or, under synchronous replication, until the standbys have it. The wait has an end because
+        we may be such a standby.
+        """
+        try:
+            async with asyncio.timeout(VISIBLE_SECONDS):
+                while (await self.rows(_RUNNING, {"xid": xid}))[0][0]:  # noqa: ASYNC110 - a row
+                    await asyncio.sleep(VISIBLE_PAUSE_SECONDS)
+        except TimeoutError:
+            log.warning("transaction_not_visible", xid=xid, waited_seconds=VISIBLE_SECONDS)
+
+    async def partitioned(self) -> set[Relation]:
+        """List the partitioned tables."""
+        return {Relation(*row) for row in await self.rows(_PARTITIONED)}
 
     async def partitions_changed(self) -> bool:
         """Whether tables have become or ceased to be partitions since this was last asked."""
@@ -187,11 +214,13 @@ class Catalog:
             if literal in self._normalised:
                 continue
             try:
-                (row,) = await self.rows(literal.sql.encode(), (literal.text,))
+                (row,) = await self._retrying(literal.sql.encode(), (literal.text,))
             except psycopg.DataError as error:
                 reason = error.diag.message_primary or type(error).__name__
                 message = f"column {literal.column} of type {literal.type_name}: {reason}"
                 raise FilterError(message) from None
+            except psycopg.Error as error:
+                raise server_error(error) from error
             self._normalised[literal] = row[0]
         return {literal: self._normalised[literal] for literal in literals}
 
@@ -208,27 +237,24 @@ class Catalog:
         """Run a query; a connection that went away since the last one is replaced once.
 
         Raises:
-            psycopg.DataError: the parameters are not what the query can take.
             WalstreamError: the server cannot be reached, or refuses.
         """
-        async with self._lock:
-            try:
-                return await self._on_a_live_connection(query, parameters)
-            except psycopg.DataError:
-                raise
-            except psycopg.Error as error:
-                raise server_error(error) from error
+        try:
+            return await self._retrying(query, parameters)
+        except psycopg.Error as error:
+            raise server_error(error) from error
 
-    async def _on_a_live_connection(
+    async def _retrying(
         self, query: Query, parameters: Mapping[str, Any] | Sequence[Any] | None
     ) -> list[TupleRow]:
-        if self._connection is not None:
-            try:
-                return await self._run(self._connection, query, parameters)
-            except psycopg.OperationalError:
-                await self.close()
-        self._connection = await connect(self._dsn, application_name=self._application_name)
-        return await self._run(self._connection, query, parameters)
+        async with self._lock:
+            if self._connection is not None:
+                try:
+                    return await self._run(self._connection, query, parameters)
+                except psycopg.OperationalError:
+                    await self.close()
+            self._connection = await connect(self._dsn, application_name=self._application_name)
+            return await self._run(self._connection, query, parameters)
 
     async def _run(
         self,
@@ -319,8 +345,25 @@ _TABLES: Final = sql.SQL(
      WHERE c.relkind IN ('r', 'p')
        AND n.nspname NOT IN ('pg_catalog', 'information_schema')
        AND n.nspname NOT LIKE 'pg\\_toast%%' AND n.nspname NOT LIKE 'pg\\_temp%%'
-       AND %(schema)s IN ('*', n.nspname::text) AND %(name)s IN ('*', c.relname::text)
+       AND n.nspname = coalesce(%(schema)s::text, n.nspname)
+       AND c.relname = coalesce(%(name)s::text, c.relname)
      ORDER BY 1, 2
+    """
+)
+
+_RUNNING: Final = sql.SQL(
+    """
+    SELECT EXISTS (SELECT FROM pg_snapshot_xip(pg_current_snapshot()) AS running (xid)
+                    WHERE running.xid::text::numeric %% 4294967296 = %(xid)s)
+    """
+)
+
+_PARTITIONED: Final = sql.SQL(
+    """
+    SELECT n.nspname, c.relname
+      FROM pg_class c
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.relkind = 'p'
     """
 )
 

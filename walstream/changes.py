@@ -55,7 +55,7 @@ class Layout(msgspec.Struct, eq=False, frozen=True):
     nearest first. ``columns`` are all columns of the table in its order, with their types;
     ``missing`` names those that records of this shape leave out and that can hold TOASTed values.
     ``toastable`` are all that can, and ``is_full`` tells of REPLICA IDENTITY FULL, both as the
-    catalog had it when the shape first came.
+    catalog had it when the shape first came; ``in_catalog`` that it had the relation at all.
     """
 
     relation: Relation
@@ -68,6 +68,7 @@ class Layout(msgspec.Struct, eq=False, frozen=True):
     missing: tuple[str, ...] = ()
     toastable: tuple[str, ...] = ()
     is_full: bool = False
+    in_catalog: bool = True
 
     @property
     def root(self) -> Relation | None:

@@ -10,6 +10,7 @@ Mistakes are reported all at once, each with its key path, what was found and wh
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,12 @@ from walstream.router import ALL_OPERATIONS, Route, TablePattern
 
 ENV_PREFIX: Final = "WALSTREAM_"
 DEFAULT_FILE: Final = Path("walstream.toml")
+
+_NOT_CONFIGURATION: Final = re.compile(
+    r"WALSTREAM_(TEST_.*|PG_BIN|SERVICE_.*|PORT(_.*)?)"  # SERVICE and PORT are Kubernetes' links
+)
+
+_KEY: Final = "masking.key"
 
 OperationName = Literal["insert", "update", "delete", "truncate"]
 Seconds = Annotated[float, Field(gt=0)]
@@ -212,7 +219,7 @@ class MaskingConfig(_Section):
         Raises:
             ConfigError: ``key_file`` cannot be read.
         """
-        text = _secret("masking.key", self.key, self.key_file)
+        text = _secret(_KEY, self.key, self.key_file)
         return text.encode() if text else None
 
 
@@ -318,6 +325,19 @@ def parse(content: Mapping[str, Any], *, source: str = "environment") -> Config:
     return config
 
 
+def ignored_variables() -> list[str]:
+    """Name the environment variables that look like ours and belong to no section."""
+    sections = "|".join(section.upper() for section in Config.model_fields)
+    ours = re.compile(rf"{ENV_PREFIX}({sections})(_.*)?")
+    return sorted(
+        name
+        for name in os.environ
+        if name.upper().startswith(ENV_PREFIX)
+        and not ours.fullmatch(name.upper())
+        and not _NOT_CONFIGURATION.fullmatch(name.upper())
+    )
+
+
 def _source(problem: str, source: str) -> str:
     """Name the environment variable that a problem comes from, if there is one of that name."""
     section, _, rest = problem.partition(":")[0].partition(".")
@@ -358,6 +378,8 @@ def _dangling(content: Mapping[str, Any]) -> list[str]:
 
 
 _SECRETS: Final = {"dsn", "replication_dsn", "key"}
+_SECRET_SECTIONS: Final = {"postgres", "masking"}
+"""In the place of a whole section, or of a file's name, the secret itself may have been put."""
 
 _ALLOWED: Final = {
     "string_type": "a string",
@@ -377,8 +399,11 @@ _ALLOWED: Final = {
     "string_too_long": "at most 63 characters",
 }
 
+_SLOT_NAMES: Final = "lower-case letters, digits and underscores, at most 63"
+
 _PATTERNS: Final = {
-    "slot.name": "lower-case letters, digits and underscores, at most 63",
+    "slot.name": _SLOT_NAMES,
+    "name": _SLOT_NAMES,  # by itself it is an option of the command line
     "handlers.app": "module:name, such as handlers:stream",
 }
 
@@ -398,8 +423,14 @@ def _problem(detail: Any) -> str:
         return f"{path}.type: is missing; allowed: 'stdout' or 'file'"
     if kind == "union_tag_invalid":
         return f"{path}.type: found {context['tag']!r}; allowed: {context['expected_tags']}"
-    found = "a value" if location[-1] in _SECRETS else repr(detail["input"])
+    found = "a value" if _may_be_secret(location) else repr(detail["input"])
     return f"{path}: found {found}; allowed: {_allowed(path, kind, context, detail['msg'])}"
+
+
+def _may_be_secret(location: tuple[int | str, ...]) -> bool:
+    if location[-1] == "application_name":
+        return False
+    return location[0] in _SECRET_SECTIONS or not _SECRETS.isdisjoint(location)
 
 
 def _allowed(path: str, kind: str, context: Mapping[str, Any], message: str) -> str:
@@ -455,6 +486,12 @@ def _secret(key: str, value: SecretStr | None, file: Path | None) -> str | None:
         text = file.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ConfigError([f"{key}_file: {file} cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        problem = f"{key}_file: {file} is not text in UTF-8"
+        hint = "a key may be any text, such as openssl rand -hex 32 gives" if key == _KEY else ""
+        raise ConfigError([problem], hint=hint) from None
+    except ValueError:  # a NUL in its name
+        raise ConfigError([f"{key}_file: {str(file)!r} is not a path"]) from None
     try:
         if key.endswith("dsn"):
             postgres.check_dsn(text)

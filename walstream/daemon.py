@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import assert_never
 
 import msgspec
@@ -16,17 +17,21 @@ import structlog
 
 from walstream.acknowledger import Acknowledger
 from walstream.backoff import Backoff
+from walstream.binding import Binding
 from walstream.catalog import Catalog
 from walstream.config import Config, FileSinkConfig, RouteSpec, SinkConfig, StdoutSinkConfig
 from walstream.connection import ReplicationConnection
 from walstream.decoder import START_OPTIONS, Decoder
 from walstream.delivery import Delivery, Handler, RetryPolicy, Sink
 from walstream.errors import (
+    ConnectionLost,
     PluginTooOld,
     ServerShutdown,
+    SlotLost,
     SlotMissing,
     Unavailable,
     UsageError,
+    WalstreamError,
 )
 from walstream.lsn import ZERO, Lsn
 from walstream.postgres import python_encoding
@@ -123,19 +128,23 @@ class Daemon:
             ),
             show_error_messages=config.log.error_messages,
         )
-        self._lost = LostChanges()
+        self._lost = LostChanges(self.router.covers)
         self._acknowledger = Acknowledger(ZERO)
         self._counts = Counts()
         self._sessions = 0
         self._session: Session | None = None
         self._stopped = asyncio.Event()
         self._numbers_as_strings = True
+        self._systemid: str | None = None
+        self._attempt: asyncio.Task[None] | None = None
 
     def stop(self) -> None:
         """Finish the transaction that is being delivered, confirm what is taken, and return."""
         self._stopped.set()
         if self._session is not None:
             self._session.stop()
+        elif self._attempt is not None:
+            self._attempt.cancel()  # still connecting: there is nothing to finish
 
     @property
     def is_busy(self) -> bool:
@@ -176,16 +185,28 @@ class Daemon:
     async def _keep_streaming(self) -> None:
         failures = 0
         while not self._stopped.is_set():
-            sessions = self._sessions
+            before = self._acknowledger.flush_lsn
             try:
-                await self._stream()
+                await self._attempt_stream()
             except Unavailable as reason:
                 if not self._reconnect:
                     raise
-                failures = failures + 1 if self._sessions == sessions else 1
+                failures = failures + 1 if self._acknowledger.flush_lsn == before else 1
                 await self._wait_out(reason, failures)
             else:
                 return
+
+    async def _attempt_stream(self) -> None:
+        """Stream through one connection, or return when `stop` comes before it streams."""
+        self._attempt = asyncio.create_task(self._stream())
+        try:
+            await self._attempt
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._stopped.is_set() or (task is not None and task.cancelling()):
+                raise
+        finally:
+            self._attempt = None
 
     async def _wait_out(self, reason: Unavailable, failures: int) -> None:
         """Pause before the next attempt, longer each time, or until `stop`."""
@@ -198,6 +219,7 @@ class Daemon:
             "reconnecting",
             reason=type(reason).__name__,
             error=reason.message,
+            hint=reason.hint,
             pause_seconds=round(seconds, 2),
         )
         try:
@@ -219,12 +241,18 @@ class Daemon:
             application_name=config.postgres.application_name,
             on_notice=self._lost.notice,
         ) as connection:
-            pushed_down = await server_side_filter(self._catalog, self.router.routes)
+            await self._recognise(connection)
+            pushed_down = await self._pushed_down()
             await self._catalog.partitions_changed()
             confirmed = await self._start(connection, {**START_OPTIONS, **pushed_down})
             self._acknowledger = Acknowledger(confirmed)
             self._delivery.attach(self._acknowledger)
-            self.router.unbind()
+            binding = Binding(
+                self._catalog,
+                Decoder(encoding=python_encoding(server.encoding)),
+                self.router,
+                follow_partitions=TABLES_OPTION not in pushed_down,
+            )
             self._sessions += 1
             log.info(
                 "streaming",
@@ -235,15 +263,14 @@ class Daemon:
             self._session = Session(
                 connection,
                 self._catalog,
-                Decoder(encoding=python_encoding(server.encoding)),
-                self.router,
+                binding,
                 self._delivery,
                 self._acknowledger,
                 self._counts,
+                check_routes=partial(self._check_pushed_down, pushed_down),
                 drain_seconds=config.stream.drain_seconds,
                 release_after_seconds=config.stream.release_after_seconds,
                 status_interval_seconds=_status_interval(server.wal_sender_timeout_seconds),
-                follow_partitions=TABLES_OPTION not in pushed_down,
                 until=self._until,
             )
             if self._stopped.is_set():
@@ -263,10 +290,58 @@ class Daemon:
         try:
             status = await usable_slot(self._catalog, name)
         except SlotMissing:
+            if self._sessions:
+                message = f"the slot {name} was there and is gone: changes since then are missing"
+                raise SlotLost(
+                    message,
+                    hint="somebody dropped it, or this is another server after a failover; create"
+                    " it again, and bring what is missing over by other means",
+                ) from None
             if not self._config.slot.create:
                 raise
             return (await create_slot(connection, self._catalog, name)).consistent_point
-        return status.confirmed_flush_lsn or ZERO
+        confirmed = status.confirmed_flush_lsn or ZERO
+        if self._sessions and confirmed > self._acknowledger.flush_lsn:
+            log.warning(
+                "slot_moved",
+                slot=name,
+                flush_lsn=str(self._acknowledger.flush_lsn),
+                confirmed_flush_lsn=str(confirmed),
+                hint="another process has streamed from it, or advanced it, in between",
+            )
+        return confirmed
+
+    async def _recognise(self, connection: ReplicationConnection) -> None:
+        """Refuse to go on with another cluster than the one that was begun with."""
+        systemid = (await connection.identify_system()).systemid
+        if self._systemid not in {None, systemid}:
+            message = (
+                f"the server is the cluster {systemid}, and was {self._systemid} before: its slot"
+                " knows nothing of what was confirmed"
+            )
+            raise SlotLost(message, hint="check the dsn; start anew if this is intended")
+        self._systemid = systemid
+
+    async def _pushed_down(self) -> dict[str, str]:
+        return server_side_filter(self.router.routes, await self._catalog.partitioned())
+
+    async def _check_pushed_down(self, pushed_down: dict[str, str]) -> None:
+        """End the session when a routed table has become a partitioned one.
+
+        The server was asked for the table alone and does not send its partitions.
+        """
+        try:
+            now = await self._pushed_down()
+        except WalstreamError:
+            return  # asked again soon; the stream itself shows how the server is
+        if now != pushed_down:
+            log.error(
+                "routed_table_partitioned",
+                since=str(self._acknowledger.flush_lsn),
+                hint="a routed table was replaced by a partitioned one while streaming: changes of"
+                " its partitions in the last seconds may be missing",
+            )
+            raise ConnectionLost("a routed table has become a partitioned one: streaming anew")
 
     async def _start(self, connection: ReplicationConnection, options: dict[str, str]) -> Lsn:
         """Start with the options that the installed wal2json knows; return the slot's position.

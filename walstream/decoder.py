@@ -53,9 +53,15 @@ class UnknownLayout(Exception):
     """
 
     def __init__(
-        self, relation: Relation, columns: list[Column], identity: list[Column], key: list[str]
+        self,
+        relation: Relation,
+        columns: list[Column],
+        identity: list[Column],
+        key: list[str],
+        xid: int,
     ) -> None:
         super().__init__(str(relation))
+        self.xid = xid
         self.relation = relation
         self.names = [column.name for column in columns]
         self.typeoids = [column.typeoid for column in columns]
@@ -68,7 +74,8 @@ def question_of(change: Change) -> UnknownLayout:
     """Ask again for the shape of a change that has been decoded."""
     columns = change.identity_columns if change.new_columns is None else change.new_columns
     layout = change.layout
-    return UnknownLayout(layout.relation, columns or [], change.identity_columns or [], layout.key)
+    identity = change.identity_columns or []
+    return UnknownLayout(layout.relation, columns or [], identity, layout.key, change.xid)
 
 
 class _KeyColumn(msgspec.Struct, gc=False):
@@ -220,7 +227,8 @@ class Decoder:
         for layout in self._layouts.get((schema, table), ()):
             if layout.names == names and layout.typeoids == typeoids and layout.key == key_names:
                 return layout
-        raise UnknownLayout(Relation(schema, table), columns, identity, key_names)
+        xid = self._transaction.xid if self._transaction else 0
+        raise UnknownLayout(Relation(schema, table), columns, identity, key_names, xid)
 
     def _change(
         self,
@@ -277,10 +285,15 @@ def _fill_in(
     """Take unchanged TOASTed values from the identity; name those that it does not have.
 
     An identity that is FULL has every column that the table had when the update ran, in the order
-    of then: a column that the catalog knows beyond these was added later, or dropped before.
+    of then: a column that the catalog knows beyond these was added later, or dropped before. The
+    catalog's word that it is FULL may be younger than the record: the key alone is not the whole.
     """
     by_name = {column.name: column for column in (*identity, *columns)}
-    is_whole = layout.is_full and len(identity) >= len(columns)
+    is_whole = (
+        layout.is_full
+        and len(identity) >= len(columns)
+        and [column.name for column in identity] != layout.key
+    )
     unchanged = () if is_whole else tuple(name for name in layout.missing if name not in by_name)
     if len(by_name) == len(columns):
         return columns, unchanged

@@ -3,16 +3,17 @@
 A handler gets the object that a psycopg ``SELECT`` of the column would give in a session whose
 TimeZone is UTC and whose DateStyle is ISO, with psycopg's own optional adapters for composites
 (named tuples), hstore (dict), ranges and arrays of the database's own types registered. Enums come
-as their labels.
+as their labels. A composite that psycopg cannot make a named tuple of is left to `values`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import psycopg
-from psycopg.adapt import AdaptersMap, Transformer
+from psycopg.abc import Buffer
+from psycopg.adapt import AdaptersMap, Loader, Transformer
 from psycopg.pq import Format
 from psycopg.types import TypeInfo
 from psycopg.types.composite import CompositeInfo, register_composite
@@ -39,9 +40,6 @@ class TextLoaders:
         """Make loaders for types of the database, those that others are built on first.
 
         Registering a type again replaces its loader.
-
-        Raises:
-            psycopg.DataError: a composite's attributes cannot be a named tuple.
         """
         for pg_type in types:
             self._register(pg_type)
@@ -52,14 +50,15 @@ class TextLoaders:
         """Return the loader of a type; a type without one stays text.
 
         The loader raises ValueError for a value that Python has no object for, such as
-        ``infinity`` as a date.
+        ``infinity`` as a date, and for one that was written when its composite had other
+        attributes than it has now.
         """
         load = self._transformer.get_loader(oid, Format.TEXT).load
 
         def loader(text: bytes) -> Any:
             try:
                 return load(text)
-            except psycopg.DataError as error:
+            except psycopg.Error as error:
                 raise ValueError(type(error).__name__) from None  # its text holds the value
 
         return loader
@@ -76,14 +75,7 @@ class TextLoaders:
                     pg_type.name, pg_type.element, pg_type.oid, delimiter=pg_type.delimiter
                 ).register(self)
             case Kind.COMPOSITE:
-                info = CompositeInfo(
-                    pg_type.name,
-                    pg_type.oid,
-                    0,
-                    field_names=[name for name, _ in pg_type.attributes],
-                    field_types=[oid for _, oid in pg_type.attributes],
-                )
-                register_composite(info, self)
+                self._register_composite(pg_type)
             case Kind.RANGE:
                 range_info = RangeInfo(pg_type.name, pg_type.oid, 0, subtype_oid=pg_type.element)
                 register_range(range_info, self)
@@ -96,3 +88,24 @@ class TextLoaders:
                 register_hstore(TypeInfo(pg_type.name, pg_type.oid, 0), self)
             case Kind.BASE | Kind.ENUM:
                 pass
+
+    def _register_composite(self, pg_type: PgType) -> None:
+        info = CompositeInfo(
+            pg_type.name,
+            pg_type.oid,
+            0,
+            field_names=[name for name, _ in pg_type.attributes],
+            field_types=[oid for _, oid in pg_type.attributes],
+        )
+        try:
+            register_composite(info, self)
+        except psycopg.DataError:  # a keyword, or two names that are one in Python
+            self.adapters.register_loader(pg_type.oid, _RefusingLoader)
+
+
+class _RefusingLoader(Loader):
+    """Sends every value, also those inside of arrays and other composites, to `values`."""
+
+    def load(self, data: Buffer) -> NoReturn:
+        del data
+        raise psycopg.DataError

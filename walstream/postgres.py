@@ -5,7 +5,9 @@ The one place where a server's error becomes one of ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import psycopg
@@ -15,6 +17,7 @@ from psycopg.rows import TupleRow
 
 from walstream.errors import (
     AccessRefused,
+    ConfigError,
     ConnectionLost,
     DatabaseUnfit,
     PluginMissing,
@@ -30,6 +33,7 @@ from walstream.errors import (
     SlotLost,
     SlotMissing,
     SlotUnfit,
+    Unavailable,
     WalstreamError,
 )
 
@@ -99,17 +103,38 @@ def python_encoding(encoding: str) -> str | None:
 def check_dsn(dsn: str) -> None:
     """Refuse a connection string that libpq cannot read.
 
+    A URI with a bare ``@`` or ``/`` in its password is one to libpq, which takes the password's
+    tail for the host, the port or the database, and names it in its errors.
+
     Raises:
         ValueError: the reason, without the string, which may hold a password.
     """
     try:
-        conninfo_to_dict(dsn)
+        parameters = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
         message = (
             "is not a connection string; one looks like postgresql://user@host:5432/database"
             " or host=... dbname=..."
         )
         raise ValueError(message) from None
+    if _is_torn(dsn) or not re.fullmatch(r"[\d,\s]*", str(parameters.get("port", ""))):
+        message = (
+            "has a host, port or database that cannot be one: in postgresql://... characters of a"
+            " password such as @ / : ? # % must be percent-encoded (%40 for @, %2F for /), and a"
+            " port is a number"
+        )
+        raise ValueError(message)
+
+
+def _is_torn(dsn: str) -> bool:
+    """Whether a URI has an ``@`` behind the one that ends user and password, as libpq reads it."""
+    if not dsn.startswith(("postgresql://", "postgres://")):
+        return False
+    rest = dsn.partition("://")[2]
+    userinfo, at, behind = rest.partition("@")
+    if not at or "/" in userinfo:  # libpq: no user, all is host, port and database
+        behind = rest
+    return "@" in behind.partition("?")[0]
 
 
 async def connect(
@@ -124,8 +149,12 @@ async def connect(
 
     Raises:
         Unavailable: the server cannot be reached, or not now.
-        SetupError: the server refuses.
+        SetupError: the server refuses, or libpq does not know what a parameter says.
     """
+    try:
+        check_dsn(dsn)
+    except ValueError as error:
+        raise ConfigError([f"the connection string {error}"]) from None
     given = conninfo_to_dict(dsn)
     options: dict[str, Any] = {
         name: value for name, value in _CONNECT_DEFAULTS.items() if name not in given
@@ -138,15 +167,16 @@ async def connect(
         connection = await AsyncConnection.connect(
             make_conninfo(dsn, **options), autocommit=True, prepare_threshold=None
         )
-    except psycopg.Error as error:
-        raise _with_hint_at_defaults(connect_error(error), given) from error
+    except (psycopg.Error, UnicodeError) as error:  # UnicodeError: no name of a host
+        # Not from it: its text is not scrubbed.
+        raise _with_hint_at_defaults(connect_error(error, _secrets(given)), given) from None
     if not replication:
         return connection
     try:
         await _pin_settings(connection)
     except psycopg.Error as error:
         await connection.close()
-        raise server_error(error) from error
+        raise server_error(error, replication=True) from error
     except BaseException:
         await connection.close()
         raise
@@ -167,23 +197,59 @@ def _with_hint_at_defaults(error: WalstreamError, given: Mapping[str, Any]) -> W
     return error
 
 
-def connect_error(error: psycopg.Error) -> WalstreamError:  # noqa: PLR0911 - one table
+def _secrets(parameters: Mapping[str, Any]) -> list[str]:
+    secrets = [str(value) for name, value in parameters.items() if "password" in name]
+    return [*secrets, os.environ.get("PGPASSWORD", "")]
+
+
+_SHORTEST_SECRET: Final = 3
+"""Shorter ones are found in every sentence, and tell nothing there."""
+
+
+def _scrubbed(text: str, secrets: Iterable[str]) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "***")
+    return text
+
+
+_UNUSABLE: Final = re.compile(
+    r"invalid ([\w-]+|\"\w+\") value|invalid integer value|bad value for|invalid port number"
+    r"|Servname not supported|could not match \d+|could not parse network address|weak sslmode"
+    r"|invalid when SSL support is not compiled in"
+    r"|invalid value for parameter|unrecognized configuration parameter"
+    r"|definition of service|service file .* not found|in service file"
+)
+"""What libpq, psycopg and the resolver say of parameters that no server will ever take."""
+
+_FULL: Final = re.compile(
+    r"too many connections|too many clients|remaining connection slots|no more connections allowed"
+)
+
+_REFUSED: Final = re.compile(
+    r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
+    r'|role ".*" (does not exist|is not permitted)|permission denied for database'
+    r"|certificate|private key file|does not support SSL"
+)
+
+
+def connect_error(  # noqa: PLR0911 - one table
+    error: Exception, secrets: Iterable[str] = ()
+) -> WalstreamError:
     """Say what a failed attempt to connect means.
 
     libpq gives no SQLSTATE for these, only the server's text.
+
+    Args:
+        error: what psycopg raised.
+        secrets: what must not be in the message, whoever has put it there.
     """
-    text = " ".join(str(error).split())
-    refused = (
-        "password authentication failed",
-        "no password supplied",
-        "no pg_hba.conf entry",
-        "pg_hba.conf rejects",
-        "role ",
-        "permission denied for database",
-        "must be superuser or replication role",
-        "certificate",
-        "Peer authentication failed",
-    )
+    text = _scrubbed(" ".join(str(error).split()), secrets)
+    if isinstance(error, psycopg.ProgrammingError | UnicodeError) or _UNUSABLE.search(text):
+        return ConfigError(
+            [f"the connection parameters cannot be used: {_last(text)}"],
+            hint="check the dsn, and the PG... variables that libpq reads",
+        )
     if "shutting down" in text:
         return ServerShutdown("the server is shutting down")
     if "unsupported startup parameter" in text:
@@ -199,7 +265,12 @@ def connect_error(error: psycopg.Error) -> WalstreamError:  # noqa: PLR0911 - on
         return SlotExhausted(
             "all walsenders of the server are in use", hint="raise max_wal_senders and restart"
         )
-    if any(word in text for word in refused):
+    if _FULL.search(text):
+        return SlotExhausted(
+            f"the server takes no further connection: {_last(text)}",
+            hint="raise max_connections, or the connection limit of the role or the database",
+        )
+    if _REFUSED.search(text):
         return AccessRefused(
             f"the server refused the connection: {_last(text)}",
             hint="check role, password, sslmode, and the server's pg_hba.conf",
@@ -207,8 +278,15 @@ def connect_error(error: psycopg.Error) -> WalstreamError:  # noqa: PLR0911 - on
     return ConnectionLost(f"no connection to the server: {_last(text)}")
 
 
-def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911, PLR0912 - one table
-    """Say what an error on an open connection means, who must act, and how."""
+def server_error(  # noqa: C901, PLR0911, PLR0912 - one table
+    error: psycopg.Error, *, replication: bool = False
+) -> WalstreamError:
+    """Say what an error on an open connection means, who must act, and how.
+
+    Args:
+        error: what psycopg raised.
+        replication: it came on a replication connection, which a pooler cannot carry.
+    """
     state = error.sqlstate
     text = error.diag.message_primary or " ".join(str(error).split())
     match state:
@@ -229,6 +307,8 @@ def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911
             )
         case "58P01" if "wal2json" in text:
             return PluginMissing(f"wal2json is not installed: {text}", hint=INSTALL_PLUGIN)
+        case _ if "requested WAL segment" in text and "removed" in text:
+            return _slot_lost(text)
         case "55006":
             return SlotBusy(text)
         case "55P03":
@@ -248,11 +328,7 @@ def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911
         case "53300":
             return SlotExhausted(text, hint="raise max_connections or max_wal_senders")
         case "55000" if "can no longer" in text or "invalidated" in text:
-            return SlotLost(
-                f"the slot is lost, changes are missing: {text}",
-                hint="drop and create the slot, then bring the missing changes over by other means;"
-                " max_slot_wal_keep_size bounds what a slot may retain",
-            )
+            return _slot_lost(text)
         case "55000" if "wal_level" in text:
             return DatabaseUnfit(text, hint=RAISE_WAL_LEVEL)
         case "55000":
@@ -264,13 +340,29 @@ def server_error(error: psycopg.Error) -> WalstreamError:  # noqa: C901, PLR0911
             )
         case "22023":
             return SlotUnfit(text, hint="is it a slot for wal2json?")
-        case "08P01":
-            return DatabaseUnfit(
-                f"replication does not pass: {text}",
-                hint=NO_POOLER,
-            )
+        case "08P01" if replication:
+            return DatabaseUnfit(f"replication does not pass: {text}", hint=NO_POOLER)
+        case "08P01":  # a pooler that has no server for us, or lost it
+            return ConnectionLost(f"the connection was cut: {text}")
+        case "42601" if _REPLICATION_COMMAND.search(text):
+            return DatabaseUnfit(f"replication does not pass: {text}", hint=NO_POOLER)
+        case "57014" | "53000" | "53100" | "53200":
+            return Unavailable(f"the server could not do it now: {text} (SQLSTATE {state})")
         case _:
             return ServerFailed(f"the server reports: {text} (SQLSTATE {state})")
+
+
+_REPLICATION_COMMAND: Final = re.compile(
+    "IDENTIFY_SYSTEM|CREATE_REPLICATION_SLOT|START_REPLICATION"
+)
+
+
+def _slot_lost(text: str) -> SlotLost:
+    return SlotLost(
+        f"the slot is lost, changes are missing: {text}",
+        hint="drop and create the slot, then bring the missing changes over by other means;"
+        " max_slot_wal_keep_size bounds what a slot may retain",
+    )
 
 
 INSTALL_PLUGIN: Final = (

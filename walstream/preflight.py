@@ -71,7 +71,7 @@ async def verify_route(catalog: Catalog, route: Route) -> None:
 
 async def _missing(catalog: Catalog, relation: Relation) -> RelationMissing:
     """Say which table is missing, and which there are that may have been meant."""
-    known = await catalog.tables("*", "*")
+    known = await catalog.tables()
     near = difflib.get_close_matches(str(relation), map(str, known), n=3)
     near += [
         str(other) for other in known if other.name == relation.name and str(other) not in near

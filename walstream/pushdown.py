@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
-from walstream.catalog import Catalog
-from walstream.changes import Operation
+from walstream.changes import Operation, Relation
 from walstream.router import Route
 
 _SPECIAL: Final = re.compile(r"[ \t\n\v\f\r',.*\\]")
@@ -21,19 +20,24 @@ TABLES_OPTION: Final = "add-tables"
 """Absent from the options when the tables have to be sorted out on our side."""
 
 
-async def server_side_filter(catalog: Catalog, routes: Sequence[Route]) -> dict[str, str]:
+def server_side_filter(
+    routes: Sequence[Route], partitioned: Collection[Relation]
+) -> dict[str, str]:
     """Ask the server for what the routes can need, and for nothing else.
 
-    Partitions are sent under their own names, and new ones may be made at any time: when a route
-    wants a partitioned table, the tables are sorted out on our side.
+    Partitions are sent under their own names, of whatever schema, and new ones may be made at any
+    time: when a route wants a partitioned table, or its pattern may cover one, the tables are
+    sorted out on our side.
+
+    Args:
+        routes: all of them.
+        partitioned: the partitioned tables of the database.
     """
     options = {"actions": ",".join(sorted(_operations(routes)))}
-    for route in routes:
-        relation = route.pattern.relation
-        table = await catalog.table(relation) if relation is not None else None
-        if route.pattern.is_everything or (table is not None and table.is_partitioned):
-            return options
-    tables = sorted({_table_option(route) for route in routes})
+    relations = [route.pattern.relation for route in routes]
+    if any(relation is None or relation in partitioned for relation in relations):
+        return options
+    tables = sorted({_table_option(relation) for relation in relations if relation})
     return {**options, TABLES_OPTION: ",".join(tables)}
 
 
@@ -46,11 +50,6 @@ def _operations(routes: Iterable[Route]) -> set[Operation]:
     }
 
 
-def _table_option(route: Route) -> str:
-    """Write a pattern as wal2json's ``add-tables`` wants it."""
-    pattern = route.pattern
-    parts = [
-        part if part == "*" else _SPECIAL.sub(r"\\\g<0>", part)
-        for part in (pattern.schema, pattern.name)
-    ]
-    return ".".join(parts)
+def _table_option(relation: Relation) -> str:
+    """Write a table as wal2json's ``add-tables`` wants it."""
+    return ".".join(_SPECIAL.sub(r"\\\g<0>", part) for part in (relation.schema, relation.name))

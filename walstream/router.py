@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, Final
 
 import msgspec
 
 from walstream.changes import Change, Layout, Operation, Relation, Row
+from walstream.errors import DecodeError
 from walstream.filters import (
     ABSENT,
     Condition,
@@ -40,10 +41,10 @@ _NAME: Final = re.compile(r'"((?:[^"]|"")+)"|([^".*]+)|(\*)')
 
 
 class TablePattern(msgspec.Struct, frozen=True):
-    """``schema.table``; ``*`` for either part stands for all."""
+    """``schema.table``; None, written ``*``, for either part stands for all."""
 
-    schema: str
-    name: str
+    schema: str | None
+    name: str | None
 
     @classmethod
     def parse(cls, text: str) -> TablePattern:
@@ -52,11 +53,11 @@ class TablePattern(msgspec.Struct, frozen=True):
         Raises:
             ValueError: it is not two names with a dot between them.
         """
-        parts = []
+        parts: list[str | None] = []
         position = 0
         while matched := _NAME.match(text, position):
-            quoted, plain, star = matched.groups()
-            parts.append((quoted.replace('""', '"') if quoted else plain or star, bool(star)))
+            quoted, plain, _ = matched.groups()
+            parts.append(quoted.replace('""', '"') if quoted else plain)
             position = matched.end()
             if position == len(text) or text[position] != ".":
                 break
@@ -67,32 +68,28 @@ class TablePattern(msgspec.Struct, frozen=True):
                 ' names with dots, stars or quotes in double quotes: "my.schema"."my table"'
             )
             raise ValueError(message)
-        (schema, any_schema), (name, any_name) = parts
-        return cls("*" if any_schema else schema, "*" if any_name else name)
+        return cls(parts[0], parts[1])
 
     @property
     def relation(self) -> Relation | None:
         """The one table that is meant, or None when the pattern has a ``*``."""
-        return None if "*" in (self.schema, self.name) else Relation(self.schema, self.name)
-
-    @property
-    def is_everything(self) -> bool:
-        """Whether the pattern is ``*.*``."""
-        return self.schema == self.name == "*"
+        if self.schema is None or self.name is None:
+            return None
+        return Relation(self.schema, self.name)
 
     def covers(self, relation: Relation) -> bool:
         """Whether the pattern means this table."""
-        return self.schema in ("*", relation.schema) and self.name in ("*", relation.name)
+        return self.schema in (None, relation.schema) and self.name in (None, relation.name)
 
     def __str__(self) -> str:
         """Print so that `parse` reads it again."""
         return f"{_printable(self.schema)}.{_printable(self.name)}"
 
 
-def _printable(name: str) -> str:
-    if name == "*" or _PLAIN.fullmatch(name):
-        return name
-    return '"' + name.replace('"', '""') + '"'
+def _printable(name: str | None) -> str:
+    if name is None:
+        return "*"
+    return name if _PLAIN.fullmatch(name) else '"' + name.replace('"', '""') + '"'
 
 
 class Route(msgspec.Struct, frozen=True, eq=False):
@@ -176,27 +173,48 @@ class Router:
         """List the layouts that are bound."""
         return list(self._bound)
 
-    def is_unwanted(self, layout: Layout) -> bool:
-        """Whether no route wants the relation at all."""
-        return not self._wanting(layout)
+    def wanting(self, layout: Layout) -> list[Route]:
+        """List the routes that want the relation."""
+        return [route for route in self.routes if route.wants(layout.relation, layout.ancestors)]
 
-    def literals(self, layout: Layout) -> list[Literal]:
-        """List the values in filters on this relation that the server must read as their types.
+    def covers(self, relation: Relation) -> bool:
+        """Whether a route wants the relation, as far as is known."""
+        return any(route.wants(relation, ()) for route in self.routes) or any(
+            layout.relation == relation and self.wanting(layout) for layout in self._bound
+        )
+
+    def may_gain(self, layout: Layout) -> bool:
+        """Whether there are routes that would want the relation if it became a partition."""
+        return not layout.ancestors and len(self.wanting(layout)) < len(self.routes)
+
+    def literals(self, route: Route, layout: Layout) -> list[Literal]:
+        """List the values in a route's filter that the server must read as the relation's types.
 
         Raises:
-            FilterError: a filter does not fit the relation's types.
+            FilterError: the filter does not fit the relation's types.
         """
-        return [
-            literal
-            for route in self._wanting(layout)
-            if route.where is not None and _fits(route.where, layout)
-            for literal in literals(route.where, layout.columns, layout.types, layout.relation)
-        ]
+        if route.where is None or not _fits(route.where, layout):
+            return []
+        return literals(route.where, layout.columns, layout.types, layout.relation)
 
-    def bind(self, layout: Layout, normalised: Mapping[Literal, str]) -> None:
-        """Compile the filters for a layout."""
+    def bind(
+        self, layout: Layout, fitting: Collection[Route], normalised: Mapping[Literal, str]
+    ) -> None:
+        """Compile the filters for a layout.
+
+        Args:
+            layout: to be routed from now on.
+            fitting: of the routes that want it, those whose filter fits its types; the others
+                never keep a row of it.
+            normalised: what the server made of each of `literals`.
+        """
         wanting = [
-            _BoundRoute(route, place, _condition(route, layout, normalised), self.counts[place])
+            _BoundRoute(
+                route,
+                place,
+                _condition(route, layout, normalised) if route in fitting else _never,
+                self.counts[place],
+            )
             for place, route in enumerate(self.routes)
             if route.wants(layout.relation, layout.ancestors)
         ]
@@ -218,9 +236,6 @@ class Router:
         return [
             (bound.route, kept) for bound in found if (kept := _keep(bound, change)) is not None
         ]
-
-    def _wanting(self, layout: Layout) -> list[Route]:
-        return [route for route in self.routes if route.wants(layout.relation, layout.ancestors)]
 
 
 INDEX_FROM: Final = 4
@@ -286,7 +301,7 @@ def _required(
     A route that asks for leaving updates also wants rows that do not have it.
     """
     where = bound.route.where
-    if where is None or bound.route.leaving or not _fits(where, layout):
+    if where is None or bound.route.leaving or bound.condition is _never:
         return None
     keys = equality_keys(where, layout.columns, layout.types, normalised)
     return min(keys.items(), key=itemgetter(0), default=None)
@@ -309,7 +324,11 @@ def _with_indexed(candidates: _Candidates, change: Change) -> list[_BoundRoute]:
             # Not carried: each route tells so for its own count.
             found += [bound for routes in index.routes.values() for bound in routes]
         else:
-            found += index.routes.get(index.key_of(column.value), ())
+            try:
+                found += index.routes.get(index.key_of(column.value), ())
+            except ValueError:
+                message = f"a value of {index.column} is not what wal2json writes for its type"
+                raise DecodeError(message) from None
     found.sort(key=_place)
     return found
 

@@ -18,22 +18,28 @@ import contextlib
 import re
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
 import structlog
 
 from walstream.acknowledger import Acknowledger, Ticket
+from walstream.binding import Binding
 from walstream.catalog import Catalog
-from walstream.changes import Begin, Change, Commit, Layout, Message
+from walstream.changes import Begin, Change, Commit, Message, Relation
 from walstream.connection import ReplicationConnection
-from walstream.decoder import Decoder, UnknownLayout, question_of
 from walstream.delivery import Delivery, Handed
-from walstream.errors import DecodeError, HandlerStuck, ServerShutdown, Unavailable, WalstreamError
+from walstream.errors import (
+    ConnectionLost,
+    DecodeError,
+    HandlerStuck,
+    ServerShutdown,
+    WalstreamError,
+)
 from walstream.lsn import ZERO, Lsn
 from walstream.protocol import PrimaryKeepalive, parse, status_update
-from walstream.router import Router
-from walstream.values import UnknownLabel
+from walstream.router import Route, TablePattern
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.stream")
 
@@ -45,6 +51,9 @@ When the position has advanced, one is sent every `WATCH_SECONDS`.
 
 WATCH_SECONDS: Final = 1.0
 """How often the position and the delivery are looked at."""
+
+RECHECK_SECONDS: Final = 10.0
+"""How often it is asked whether a routed table has become a partitioned one."""
 
 FINISH_SECONDS: Final = 5.0
 """How long the server gets to read the last status update."""
@@ -66,7 +75,9 @@ class LostChanges:
 
     _NOTICE: Final = re.compile(r"no tuple identifier for (UPDATE|DELETE) in table (.+)")
 
-    def __init__(self) -> None:
+    def __init__(self, is_wanted: Callable[[Relation], bool]) -> None:
+        """Count those of the tables that are wanted."""
+        self._is_wanted = is_wanted
         self.counts: Counter[tuple[str, str]] = Counter()
         """By operation (``update`` or ``delete``) and table."""
 
@@ -77,6 +88,9 @@ class LostChanges:
             log.info("server_notice", sqlstate=sqlstate, text=text)
             return
         operation, table = matched[1].lower(), matched[2]
+        relation = TablePattern.parse(table).relation
+        if relation is None or not self._is_wanted(relation):
+            return
         self.counts[operation, table] += 1
         if sum(count for (_, name), count in self.counts.items() if name == table) == 1:
             log.error(
@@ -91,33 +105,30 @@ class LostChanges:
 class Session:
     """Streams from one started connection until it is stopped, or something stops it."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the composition root hands over each part of the path once
+    def __init__(  # noqa: PLR0913 - the composition root hands over each part of the path once
         self,
         connection: ReplicationConnection,
         catalog: Catalog,
-        decoder: Decoder,
-        router: Router,
+        binding: Binding,
         delivery: Delivery,
         acknowledger: Acknowledger,
         counts: Counts,
         *,
+        check_routes: Callable[[], Awaitable[None]],
         drain_seconds: float,
         release_after_seconds: float,
         status_interval_seconds: float = STATUS_INTERVAL_SECONDS,
-        follow_partitions: bool = False,
         until: Lsn | None = None,
     ) -> None:
         self._connection = connection
         self._catalog = catalog
-        self._decoder = decoder
-        self._router = router
+        self._binding = binding
         self._delivery = delivery
         self._acknowledger = acknowledger
         self._drain_seconds = drain_seconds
         self._release_after_seconds = release_after_seconds
         self._status_interval_seconds = status_interval_seconds
-        self._follow_partitions = follow_partitions
-        self._partitions_followed = False
+        self._check_routes = check_routes
         self._until = until
         self._reached_until = False
         self._stopping = False
@@ -151,9 +162,10 @@ class Session:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                reporting = group.create_task(self._report())
+                others = [group.create_task(self._report()), group.create_task(self._watch())]
                 await self._drained()
-                reporting.cancel()
+                for task in others:
+                    task.cancel()
         except ExceptionGroup as failures:
             await self._confirm()
             raise failures.exceptions[0] from None
@@ -161,9 +173,12 @@ class Session:
             with contextlib.suppress(WalstreamError):
                 self._send_status()  # nobody waits for more
             raise
-        await self._confirm()
+        is_confirmed = await self._confirm()
         if self._stopped_because is not None:
             raise self._stopped_because
+        if self._until is not None and not self._stopping and not is_confirmed:
+            message = "the connection was cut before the server confirmed the last position"
+            raise ConnectionLost(message)
 
     async def _drained(self) -> None:
         try:
@@ -176,6 +191,8 @@ class Session:
                 in_flight=self._acknowledger.in_flight,
                 flush_lsn=str(self._acknowledger.flush_lsn),
             )
+        finally:
+            self._deadline = None
 
     async def _pump(self) -> None:
         while not self._is_done():
@@ -205,7 +222,7 @@ class Session:
     async def _receive(self, batch: list[bytes], handed: list[Handed]) -> bool:
         """Decode and route the messages of a batch; return whether the server wants a reply."""
         reply_requested = False
-        self._partitions_followed = False
+        self._binding.begin_batch()
         for data in batch:
             message = parse(data)
             if isinstance(message, PrimaryKeepalive):
@@ -213,63 +230,23 @@ class Session:
                 reply_requested = reply_requested or message.reply_requested
                 continue
             try:
-                decoded = await self._decode(message.record)
+                decoded = await self._binding.decode(message.record)
+                if isinstance(decoded, Change):
+                    self._counts.changes += 1
+                    self._hand(await self._binding.route(decoded), handed)
+                elif not self._bracket(decoded):
+                    break
             except DecodeError as error:
                 text = f"at {Lsn(message.data_start)}: {error.message}"
                 raise DecodeError(text, hint=error.hint) from None
-            if isinstance(decoded, Change):
-                self._counts.changes += 1
-                await self._route(decoded, handed)
-            elif not self._bracket(decoded):
-                break
         return reply_requested
 
-    async def _decode(self, record: memoryview | bytes) -> Begin | Change | Commit | Message:
-        try:
-            return self._decoder.decode(record)
-        except UnknownLayout as question:
-            layout = await self._catalog.layout(question)
-            await self._bind(layout)
-            self._decoder.learn(layout)
-            return self._decoder.decode(record)
-
-    async def _route(self, change: Change, handed: list[Handed]) -> None:
+    def _hand(self, routed: list[tuple[Route, Change]], handed: list[Handed]) -> None:
         ticket = self._ticket
         assert ticket is not None  # noqa: S101 - the decoder refuses changes outside of transactions
-        try:
-            routed = self._router.route(change)
-        except UnknownLabel:
-            await self._catalog.renew_types()
-            for layout in self._router.layouts():
-                await self._bind(layout)
-            routed = self._router.route(change)
-        if not routed and await self._joined_a_partitioned_table(change):
-            routed = self._router.route(change)
         if routed:
             self._acknowledger.hand(ticket, len(routed))
             handed += [(route, projected, ticket) for route, projected in routed]
-
-    async def _joined_a_partitioned_table(self, change: Change) -> bool:
-        """Whether a table that no route wants has become the partition of one that a route wants.
-
-        ALTER TABLE ATTACH PARTITION leaves no trace in the stream. The catalog is asked once in a
-        batch, and only while such a table is written to.
-        """
-        if not self._follow_partitions or not self._router.is_unwanted(change.layout):
-            return False
-        if self._partitions_followed:
-            return False
-        self._partitions_followed = True
-        if not await self._catalog.partitions_changed():
-            return False
-        self._decoder.forget()
-        change.layout = await self._catalog.layout(question_of(change))
-        await self._bind(change.layout)
-        return True
-
-    async def _bind(self, layout: Layout) -> None:
-        normalised = await self._catalog.normalise(self._router.literals(layout))
-        self._router.bind(layout, normalised)
 
     def _bracket(self, decoded: Begin | Commit | Message) -> bool:
         """Open and close transactions; return False when ``until`` is reached."""
@@ -289,7 +266,7 @@ class Session:
         return True
 
     async def _report(self) -> None:
-        """Send status updates on a clock of their own, and look after slow deliveries."""
+        """Send status updates on a clock of their own; give the slot up for a stuck handler."""
         pause = min(WATCH_SECONDS, self._status_interval_seconds)
         sent_at, sent_lsn = 0.0, ZERO
         while True:
@@ -299,14 +276,12 @@ class Session:
             if flush_lsn != sent_lsn or now - sent_at >= self._status_interval_seconds:
                 self._send_status()
                 sent_at, sent_lsn = now, flush_lsn
-            await self._watch_delivery(now)
+            self._refuse_stuck(now)
             await asyncio.sleep(pause)
 
-    async def _watch_delivery(self, now: float) -> None:
+    def _refuse_stuck(self, now: float) -> None:
         held = self._delivery.held
-        if held is None or now - held.since < WATCH_SECONDS:
-            return
-        if now - held.since > self._release_after_seconds:
+        if held is not None and now - held.since > self._release_after_seconds:
             message = (
                 f"{held.destination} has held change {held.change_id} for"
                 f" {now - held.since:.0f} seconds"
@@ -314,23 +289,46 @@ class Session:
             raise HandlerStuck(
                 message, hint="the slot is freed; release_after_seconds is the limit"
             )
+
+    async def _watch(self) -> None:
+        """Look at what the stream cannot tell: a server that shuts down, tables that change kind.
+
+        A task of its own, because a catalog that does not answer must not hold up status updates.
+        """
+        checked_at = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self._acknowledger.in_flight or self._delivery.held is not None:
+                await self._notice_shutdown()
+            if time.monotonic() - checked_at >= RECHECK_SECONDS:
+                await self._check_routes()
+                checked_at = time.monotonic()
+
+    async def _notice_shutdown(self) -> None:
+        """Stop when the server wants to shut down.
+
+        While changes are in flight the stream does not say so: the server's request for
+        confirmation stands behind all that has not been read yet.
+        """
         try:
-            # While nothing is read, the walsender cannot tell that its server wants to shut down.
             await self._catalog.probe()
         except ServerShutdown as shutdown:
-            log.warning("server_shutting_down", drain_seconds=self._drain_seconds)
+            if not self._stopping:
+                log.warning("server_shutting_down", drain_seconds=self._drain_seconds)
             self.stop(shutdown)
-        except Unavailable:
-            pass  # the stream itself shows whether the connection is good
+        except WalstreamError as error:
+            log.debug("probe_failed", error=error.message)  # the stream itself shows how it is
 
     def _send_status(self) -> None:
         self._connection.send(status_update(self._acknowledger.flush_lsn, now=time.time()))
 
-    async def _confirm(self) -> None:
+    async def _confirm(self) -> bool:
         """Report the last position and let the server read it, if the connection still can."""
         try:
             async with asyncio.timeout(FINISH_SECONDS):
                 self._send_status()
                 await self._connection.finish()
-        except (TimeoutError, WalstreamError):
-            pass  # what could not be confirmed comes again
+        except (TimeoutError, WalstreamError) as error:
+            log.warning("confirm_failed", error=type(error).__name__)
+            return False
+        return True

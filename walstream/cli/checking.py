@@ -16,7 +16,7 @@ from rich.text import Text
 from walstream import check as checks
 from walstream import logs
 from walstream.check import Finding, Report, Status
-from walstream.cli.options import ConfigFile, Dsn, load_config
+from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.streaming import load_app
 from walstream.config import Config, RouteSpec
 
@@ -57,6 +57,7 @@ def check(
     """
     settings = load_config(config, dsn)
     logs.configure("warning", settings.log.format)
+    tell_ignored_environment()
     report = asyncio.run(checks.check(settings, _routes(settings, app or settings.handlers.app)))
     if json:
         typer.echo(report.to_json())

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 
 from walstream import config as configuration
 from walstream.config import Config
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.cli")
 
 ConfigFile = Annotated[
     Path | None,
@@ -44,3 +47,9 @@ def load_config(file: Path | None, dsn: str | None) -> Config:
         "--dsn", dsn=dsn, application_name=settings.postgres.application_name
     )
     return settings.model_copy(update={"postgres": database})
+
+
+def tell_ignored_environment() -> None:
+    """Warn of variables that look like configuration and are none; their values may be secrets."""
+    for variable in configuration.ignored_variables():
+        log.warning("environment_ignored", variable=variable)

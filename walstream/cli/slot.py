@@ -15,9 +15,9 @@ from rich.table import Table
 from walstream import logs
 from walstream.catalog import Catalog
 from walstream.cli.options import ConfigFile, Dsn, load_config
-from walstream.config import Config
+from walstream.config import Config, SlotConfig
 from walstream.connection import ReplicationConnection
-from walstream.errors import UsageError
+from walstream.errors import ConfigError, UsageError
 from walstream.lsn import Lsn
 from walstream.slots import SlotStatus, advance_slot, create_slot, drop_slot, slot_status
 
@@ -104,6 +104,7 @@ def _with_catalog(
     work: Callable[[Config, Catalog, str], Awaitable[None]],
 ) -> None:
     settings = load_config(file, dsn)
+    slot = _slot_name(name) if name is not None else settings.slot.name
     logs.configure("warning")
 
     async def run() -> None:
@@ -111,11 +112,18 @@ def _with_catalog(
             settings.postgres.catalog_dsn(), application_name=settings.postgres.application_name
         )
         try:
-            await work(settings, catalog, name or settings.slot.name)
+            await work(settings, catalog, slot)
         finally:
             await catalog.close()
 
     asyncio.run(run())
+
+
+def _slot_name(name: str) -> str:
+    try:
+        return SlotConfig.declared("--name", name=name).name
+    except ConfigError as error:
+        raise UsageError(error.message) from None
 
 
 def _lsn(text: str) -> Lsn:

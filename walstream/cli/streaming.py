@@ -17,7 +17,7 @@ import typer
 
 from walstream import logs
 from walstream.app import Walstream
-from walstream.cli.options import ConfigFile, Dsn, load_config
+from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.reporting import report
 from walstream.config import RouteSpec
 from walstream.daemon import Daemon, Summary
@@ -54,6 +54,7 @@ def run(
     """
     settings = load_config(config, dsn)
     logs.configure(settings.log.level, settings.log.format)
+    tell_ignored_environment()
     app = app or settings.handlers.app
     handlers = load_app(app).handlers if app else []
     daemon = Daemon(settings, handlers, until=until)

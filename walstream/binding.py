@@ -1,0 +1,155 @@
+"""From a record to the routes that keep its change: where the catalog is asked.
+
+The decoder and the router are pure: they say what they have to know, and here it is found out. The
+catalog is younger than the records, and in one respect it can be older: a walsender sends a
+transaction that no other session sees yet. Then it is waited for.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from walstream.catalog import Catalog
+from walstream.changes import Begin, Change, Commit, Layout, Message, Relation
+from walstream.decoder import Decoder, UnknownLayout, question_of
+from walstream.errors import DecodeError, FilterError
+from walstream.filters import Literal
+from walstream.router import Route, Router
+from walstream.values import UnknownLabel
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.binding")
+
+
+class Binding:
+    """Decodes and routes one stream, and learns the shapes of its relations on the way."""
+
+    def __init__(
+        self, catalog: Catalog, decoder: Decoder, router: Router, *, follow_partitions: bool
+    ) -> None:
+        """Start with nothing known.
+
+        Args:
+            catalog: to be asked.
+            decoder: of the stream.
+            router: with the routes; what it had bound is forgotten.
+            follow_partitions: the server sends all tables, because some may be or become
+                partitions of one that a route wants.
+        """
+        self._catalog = catalog
+        self._decoder = decoder
+        self._router = router
+        self._follow_partitions = follow_partitions
+        self._partitions_checked = False
+        self._unfit: set[tuple[str, Relation]] = set()
+        self._missing: set[Relation] = set()
+        router.unbind()
+
+    def begin_batch(self) -> None:
+        """A new batch: what was asked for the last one may have changed."""
+        self._partitions_checked = False
+
+    async def decode(self, record: memoryview | bytes) -> Begin | Change | Commit | Message:
+        """Decode a record, after looking up the shape of its relation if it is new.
+
+        Raises:
+            DecodeError: the record is not one of wal2json's.
+            FilterError: a filter no longer fits its table.
+            Unavailable: the catalog cannot be asked.
+        """
+        try:
+            return self._decoder.decode(record)
+        except UnknownLayout as question:
+            self._decoder.learn(await self._layout(question))
+            return self._decoder.decode(record)
+
+    async def route(self, change: Change) -> list[tuple[Route, Change]]:
+        """Return the routes that keep a change, each with what it shall see.
+
+        Raises:
+            DecodeError: a value is not what wal2json writes for its type.
+            FilterError: a filter no longer fits its table.
+            Unavailable: the catalog cannot be asked.
+        """
+        if self._follow_partitions and not self._partitions_checked:
+            await self._follow(change)
+        try:
+            return self._router.route(change)
+        except UnknownLabel:
+            await self._renew_types()
+        try:
+            return self._router.route(change)
+        except UnknownLabel as unknown:
+            message = f"a value of {change.relation} is {unknown}, and does not have now"
+            raise DecodeError(
+                message,
+                hint="a label was renamed, and a filter needs its order: drop the filter until the"
+                " older changes are through",
+            ) from None
+
+    async def _layout(self, question: UnknownLayout) -> Layout:
+        await self._catalog.wait_until_visible(question.xid)
+        layout = await self._catalog.layout(question)
+        if self._follow_partitions and not layout.in_catalog:
+            self._report_missing(layout.relation)
+        await self._bind(layout)
+        return layout
+
+    async def _follow(self, change: Change) -> None:
+        """Notice that a table has become a partition, which leaves no trace in the stream.
+
+        The catalog is asked once in a batch, and only for tables that some route does not want.
+        """
+        if not self._router.may_gain(change.layout):
+            return
+        self._partitions_checked = True
+        await self._catalog.wait_until_visible(change.xid)
+        if await self._catalog.partitions_changed():
+            self._decoder.forget()
+            self._router.unbind()
+        if change.layout not in self._router.layouts():
+            change.layout = await self._layout(question_of(change))
+
+    async def _renew_types(self) -> None:
+        await self._catalog.renew_types()
+        for layout in self._router.layouts():
+            await self._bind(layout)
+
+    async def _bind(self, layout: Layout) -> None:
+        normalised: dict[Literal, str] = {}
+        fitting = set()
+        for route in self._router.wanting(layout):
+            try:
+                normalised |= await self._catalog.normalise(self._router.literals(route, layout))
+            except FilterError as error:
+                if route.pattern.relation is not None:
+                    raise
+                self._report_unfit(route, layout.relation, error)
+            else:
+                fitting.add(route)
+        self._router.bind(layout, fitting, normalised)
+
+    def _report_unfit(self, route: Route, relation: Relation, error: FilterError) -> None:
+        """Log once that a table which a pattern covers cannot be filtered: its changes are dropped.
+
+        One new table must not stop the stream of all others.
+        """
+        if (route.name, relation) not in self._unfit:
+            self._unfit.add((route.name, relation))
+            log.error(
+                "filter_does_not_fit",
+                route=route.name,
+                table=str(relation),
+                error=error.message,
+                hint="its changes do not pass the filter, and are counted as absent",
+            )
+
+    def _report_missing(self, relation: Relation) -> None:
+        """Log once that a table is gone, and with it what it was a partition of."""
+        if relation not in self._missing:
+            self._missing.add(relation)
+            log.error(
+                "relation_missing",
+                table=str(relation),
+                hint="it was dropped while its changes waited; if it was a partition of a routed"
+                " table, these changes are not delivered",
+            )
