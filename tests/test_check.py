@@ -16,7 +16,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from tests.conftest import StartCluster
-from tests.postgres import Database, wait_until
+from tests.postgres import Database, async_wait_until, wait_until
 from walstream import config as configuration
 from walstream.check import Finding, Report, Status, check
 from walstream.config import Config, RouteSpec
@@ -201,6 +201,9 @@ async def test_too_few_slots_and_walsenders_are_told_before_they_are_missed(
         connection.execute("SELECT pg_create_physical_replication_slot('a')")
         found = await finding(config, "server", "replication slots")
         assert (found.status, found.found) == (Status.WARNING, "1 of 2 in use, one is left")
+        # The slot that the check itself tried is gone when its walsender is.
+        used = "SELECT count(*) FROM pg_replication_slots"
+        await async_wait_until(lambda: connection.execute(used).fetchone() == (1,))
         connection.execute("SELECT pg_create_physical_replication_slot('b')")
         found = await finding(config, "server", "replication slots")
         assert found.status is Status.PROBLEM

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,8 +20,10 @@ import pytest
 from tests.conftest import StartCluster
 from tests.postgres import Database, async_wait_until, create_database, wait_until
 from tests.streaming import Stream
-from walstream import Change, Lsn
+from walstream import Change, Lsn, Walstream
 from walstream.cluster import PrivateCluster
+from walstream.config import parse
+from walstream.errors import SlotLost
 
 IMPATIENT = {"wal_sender_timeout": "2s", "autovacuum": "off", "max_wal_size": "8GB"}
 THREE_TIMEOUTS_SECONDS = 6.0
@@ -173,6 +176,73 @@ async def test_a_server_under_load_shuts_down_and_the_stream_goes_on_afterwards(
         stream.app.stop()
         await running
         database.close()
+
+
+async def test_a_server_shuts_down_in_the_middle_of_a_large_transaction(
+    private_cluster: StartCluster,
+) -> None:
+    """No single handler takes long, but the server's wish stands behind all the changes."""
+    cluster = private_cluster()
+    with create_database(cluster.conninfo(), "template0") as database:
+        database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+        stream = Stream(database, stream={"drain_seconds": 2, "after_shutdown_seconds": 0.2})
+        sleeper = Sleeper(0.005)
+        stream.app.on("public.t")(sleeper.in_the_loop)
+        database.execute("INSERT INTO t SELECT g, repeat('x', 500) FROM generate_series(1,20000) g")
+        running = asyncio.create_task(stream.app.run(stream.config))
+        await async_wait_until(sleeper.holding.is_set)
+        database.close()
+        begun = time.monotonic()
+        await asyncio.to_thread(cluster.stop, "fast")
+        assert time.monotonic() - begun < 2 + 4
+        sleeper.seconds = 0
+        cluster.start()
+        await async_wait_until(
+            lambda: {change.row["id"] for change in sleeper.changes} == set(range(1, 20001)),
+            timeout_seconds=60,
+        )
+        stream.app.stop()
+        await running
+        database.close()
+
+
+async def test_a_slot_that_vanished_is_not_made_again_in_silence(database: Database) -> None:
+    """Not even with create = true: what was committed in between would be missing."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    stream = Stream(database, stream={"reconnect_seconds": 0.2})
+    stream.config = stream.config.model_copy(
+        update={"slot": stream.config.slot.model_copy(update={"create": True})}
+    )
+    stream.record("public.t")
+    running = asyncio.create_task(stream.app.run(stream.config))
+    database.execute("INSERT INTO t VALUES (1)")
+    await async_wait_until(lambda: stream.changes)
+    ((pid,),) = database.execute(
+        "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", stream.slot
+    )
+    database.execute("SELECT pg_terminate_backend(%s, 5000)", pid)
+    database.execute("SELECT pg_drop_replication_slot(%s)", stream.slot)
+    with pytest.raises(SlotLost, match="was there and is gone"):
+        await running
+
+
+async def test_a_stop_while_connecting_ends_at_once() -> None:
+    """There is nothing to finish."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        app = Walstream()
+
+        @app.on("*.*")
+        async def never(change: Change) -> None:
+            """Never called."""
+
+        config = parse({"postgres": {"dsn": f"host=127.0.0.1 port={port} user=x dbname=x"}})
+        running = asyncio.create_task(app.run(config))
+        accepted, _ = await asyncio.to_thread(silent.accept)
+        with accepted:
+            app.stop()
+            async with asyncio.timeout(5):
+                await running
 
 
 def test_a_signal_drains_confirms_and_exits_with_zero(database: Database, tmp_path: Path) -> None:

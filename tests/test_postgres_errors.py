@@ -89,7 +89,7 @@ async def test_a_server_that_is_not_there_is_waited_for() -> None:
 async def test_a_role_that_has_all_its_connections_is_waited_for(database: Database) -> None:
     role = f"limited_{secrets.token_hex(4)}"
     database.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'hunter2' CONNECTION LIMIT 1")
-    dsn = make_conninfo(database.dsn, user=role, password="hunter2")
+    dsn = make_conninfo(database.dsn, user=role, password="hunter2")  # noqa: S106 - made here
     try:
         with psycopg.connect(dsn), pytest.raises(SlotExhausted, match=role):
             await connect(dsn, application_name="test")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import structlog
 
-from tests.postgres import Database, async_wait_until
+from tests.conftest import StartCluster
+from tests.postgres import Database, async_wait_until, create_database
 from tests.streaming import Stream
 from walstream import Change, Lsn, UnchangedValueError
 
@@ -183,3 +184,108 @@ async def test_columns_that_come_and_go_are_told_apart_from_unchanged_ones(
         {"id": 1, "code": "a", "note": "two"},
         {"id": 1, "code": "a", "note": "three", "size": 7},
     ]
+
+
+async def test_a_pattern_covers_partitions_of_other_schemas_and_names(database: Database) -> None:
+    """The server reports partitions under their own names, so it must not sort tables out."""
+    database.execute(
+        """
+        CREATE SCHEMA elsewhere;
+        CREATE TABLE whole (id int) PARTITION BY LIST (id);
+        CREATE TABLE elsewhere.part PARTITION OF whole FOR VALUES IN (1);
+        """
+    )
+    stream = Stream(database)
+    stream.record("public.*")
+    stream.record("*.whole")
+    database.execute("INSERT INTO whole VALUES (1)")
+    await stream.drain()
+    assert [str(change.relation) for change in stream.changes] == ["elsewhere.part"] * 2
+
+
+async def test_a_table_that_another_route_wants_already_is_followed_too(
+    database: Database,
+) -> None:
+    database.execute("CREATE TABLE whole (id int) PARTITION BY LIST (id)")
+    database.execute("CREATE TABLE loose (id int)")
+    stream = Stream(database)
+    everything: list[Change] = []
+
+    @stream.app.on("*.*")
+    async def keep(change: Change) -> None:
+        everything.append(change)
+
+    stream.record("public.whole")
+    running = asyncio.create_task(stream.app.run(stream.config))
+    database.execute("INSERT INTO loose VALUES (1)")
+    await async_wait_until(lambda: everything)
+    database.execute(
+        """
+        BEGIN;
+        ALTER TABLE whole ATTACH PARTITION loose FOR VALUES IN (1);
+        INSERT INTO loose VALUES (1);
+        COMMIT;
+        """
+    )
+    await async_wait_until(lambda: stream.changes)
+    stream.app.stop()
+    await running
+    assert len(everything) == 2
+
+
+async def test_a_partition_that_is_gone_before_its_changes_come_is_told(
+    database: Database,
+) -> None:
+    """Nobody knows any more what it was a partition of."""
+    database.execute(
+        "CREATE TABLE whole (id int) PARTITION BY LIST (id);"
+        "CREATE TABLE part PARTITION OF whole FOR VALUES IN (1)"
+    )
+    stream = Stream(database)
+    stream.record("public.whole")
+    database.execute("INSERT INTO whole VALUES (1), (1)")
+    database.execute("DROP TABLE part")
+    with structlog.testing.capture_logs() as logs:
+        await stream.drain()
+    missing = [entry["table"] for entry in logs if entry["event"] == "relation_missing"]
+    assert (stream.changes, missing) == ([], ["public.part"])
+
+
+async def test_one_table_that_does_not_fit_a_pattern_does_not_stop_the_others(
+    database: Database,
+) -> None:
+    database.execute("CREATE TABLE good (id int PRIMARY KEY, status text)")
+    stream = Stream(database)
+    stream.record("public.*", where="status=eq.active")
+    database.execute("CREATE TABLE bad (status int)")
+    database.execute("INSERT INTO bad VALUES (1), (2)")
+    database.execute("INSERT INTO good VALUES (1, 'active')")
+    with structlog.testing.capture_logs() as logs:
+        summary = await stream.drain()
+    assert [str(change.relation) for change in stream.changes] == ["public.good"]
+    assert [e["table"] for e in logs if e["event"] == "filter_does_not_fit"] == ["public.bad"]
+    assert summary.routes[0].absent == 2
+
+
+async def test_lost_changes_of_tables_that_nobody_wants_do_not_count(database: Database) -> None:
+    database.execute("CREATE TABLE whole (id int PRIMARY KEY) PARTITION BY LIST (id)")
+    database.execute("CREATE TABLE keyless (id int)")
+    database.execute("INSERT INTO keyless VALUES (1)")
+    stream = Stream(database)
+    stream.record("public.whole")
+    database.execute("UPDATE keyless SET id = 2")
+    assert (await stream.drain()).lost == 0
+
+
+async def test_a_table_whose_name_is_not_ascii_comes_from_a_latin1_database(
+    private_cluster: StartCluster,
+) -> None:
+    cluster = private_cluster(encoding="LATIN1")
+    with create_database(cluster.conninfo(), "template0") as latin1:
+        with latin1.connect(client_encoding="utf8") as connection:
+            connection.execute('CREATE TABLE "größe" ("maß" int PRIMARY KEY)')
+            stream = Stream(latin1)
+            stream.record("public.größe", where="maß=gte.1")
+            connection.execute('INSERT INTO "größe" VALUES (1)')
+        await stream.drain()
+        assert [dict(change.row) for change in stream.changes] == [{"maß": 1}]

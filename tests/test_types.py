@@ -340,7 +340,7 @@ async def test_a_composite_that_cannot_be_a_named_tuple_comes_with_numbered_attr
     """Alone, in an array and inside of another composite."""
     database.execute(
         f"CREATE TYPE segment AS ({attributes}); CREATE TYPE way AS (name text, whole segment);"
-        "CREATE TABLE ways (id int PRIMARY KEY, one segment, some segment[], inside way)"
+        "CREATE TABLE ways (id int PRIMARY KEY, one segment, several segment[], inside way)"
     )
     stream = Stream(database)
     stream.record("public.ways")
@@ -350,7 +350,7 @@ async def test_a_composite_that_cannot_be_a_named_tuple_comes_with_numbered_attr
     await stream.drain()
     [change] = stream.changes
     row = change.row
-    assert (row["one"], row["some"], row["inside"]) == (
+    assert (row["one"], row["several"], row["inside"]) == (
         (1, "x"),
         [(2, "y"), None],
         ("n", (3, None)),
@@ -361,7 +361,7 @@ async def test_a_composite_that_cannot_be_a_named_tuple_comes_with_numbered_attr
 
 
 async def test_values_older_than_an_attribute_have_none_for_it(typed: Database) -> None:
-    typed.execute("CREATE TABLE pairs (id int PRIMARY KEY, one pair, some pair[])")
+    typed.execute("CREATE TABLE pairs (id int PRIMARY KEY, one pair, several pair[])")
     stream = Stream(typed)
     stream.record("public.pairs")
     typed.execute("INSERT INTO pairs VALUES (1, '(1,x)', ARRAY['(1,x)']::pair[])")
@@ -369,7 +369,7 @@ async def test_values_older_than_an_attribute_have_none_for_it(typed: Database) 
     typed.execute("INSERT INTO pairs VALUES (2, '(2,y,2024-02-29)')")
     await stream.drain()
     old, new = (change.row for change in stream.changes)
-    assert (old["one"], old["some"]) == ((1, "x", None), [(1, "x", None)])
+    assert (old["one"], old["several"]) == ((1, "x", None), [(1, "x", None)])
     assert old["one"].further is None
     assert new["one"] == (2, "y", date(2024, 2, 29))
 
