@@ -129,7 +129,7 @@ async def test_a_cancelled_take_ends_before_the_next_one_begins(
     def slow_once(descriptor: int) -> None:
         monkeypatch.setattr(os, "fsync", real)
         syncing.set()
-        go_on.wait()
+        go_on.wait(10)
         real(descriptor)
         went_on.set()
 
@@ -159,7 +159,7 @@ async def test_a_cancelled_take_that_has_not_begun_writes_nothing(
 
     def slow(_: int) -> None:
         syncing.set()
-        go_on.wait()
+        go_on.wait(10)
 
     monkeypatch.setattr(os, "fsync", slow)
     takes = [asyncio.create_task(sink.take([change(number)])) for number in (1, 2, 3)]

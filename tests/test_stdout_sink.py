@@ -52,7 +52,7 @@ def start(
 @pytest.fixture
 def pipe() -> Iterator[Pipe]:
     reading, writing = os.pipe()
-    with open(reading, "rb", buffering=0) as reader, open(writing, "wb", buffering=0) as writer:
+    with FileIO(reading, "r") as reader, FileIO(writing, "w") as writer:
         yield reader, writer
 
 

@@ -274,11 +274,11 @@ class ReplicationConnection:
         result = self._pgconn.get_result()
         if result is None or result.status in {ExecStatus.COMMAND_OK, ExecStatus.COPY_IN}:
             return ServerShutdown("the server ended the stream: it shuts down")
-        return server_error(psycopg.errors.error_from_result(result))
+        return server_error(psycopg.errors.error_from_result(result), replication=True)
 
     def _cut(self, error: psycopg.Error) -> WalstreamError:
         """The connection is gone; a server that still had words for it said them before."""
-        translated = server_error(error)
+        translated = server_error(error, replication=True)
         if isinstance(translated, SetupError):
             return translated
         return ConnectionLost(f"the connection was cut: {' '.join(str(error).split())}")
@@ -310,7 +310,7 @@ class ReplicationConnection:
         try:
             return await self._connection.execute(command.encode())
         except psycopg.Error as error:
-            raise server_error(error) from error
+            raise server_error(error, replication=True) from error
 
     async def _row(self, command: str) -> TupleRow:
         cursor = await self._execute(command)

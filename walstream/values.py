@@ -17,6 +17,7 @@ import re
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
+from keyword import iskeyword
 from typing import Any, Final
 
 import msgspec
@@ -285,7 +286,6 @@ class Types:
             try:
                 return load_bytes(text.encode())
             except (ValueError, TypeError, RecursionError):
-                # TypeError: a composite whose value has not as many attributes as its type.
                 return load_parts(text)
 
         return load
@@ -315,7 +315,7 @@ class Types:
     def _composite_loader(self, pg_type: PgType) -> Callable[[str], Any]:
         loaders = [self._text_to_object(typeoid) for _, typeoid in pg_type.attributes]
         names = [_identifier(name) for name, _ in pg_type.attributes]
-        cls: Any = namedtuple(_identifier(pg_type.name), names, rename=True)  # type: ignore[misc]  # noqa: PYI024 - known at run time only
+        cls: Any = namedtuple(_class_name(pg_type.name), names, rename=True)  # type: ignore[misc]  # noqa: PYI024 - known at run time only
 
         def load(text: str) -> Any:
             fields = _fields(text, pg_type)
@@ -506,6 +506,12 @@ def _fields(text: str, pg_type: PgType) -> list[str | None] | None:
     count = len(pg_type.attributes)
     fields = parse_composite(text) if count else []
     return None if len(fields) > count else [*fields, *[None] * (count - len(fields))]
+
+
+def _class_name(name: str) -> str:
+    """Make a class name of a type's; of attribute names, `namedtuple` replaces keywords itself."""
+    identifier = _identifier(name)
+    return f"{identifier}_" if iskeyword(identifier) else identifier
 
 
 def _identifier(name: str) -> str:

@@ -148,6 +148,21 @@ def test_a_composite_that_psycopg_cannot_load_loads_by_its_attributes(types: Typ
     assert inner == (None, date(2024, 2, 29), None, None)
 
 
+def test_a_composite_may_be_named_by_a_keyword() -> None:
+    named = PgType(91001, "class", "s", Kind.COMPOSITE, attributes=(("a", TEXT),))
+
+    def refuse(oid: int) -> Callable[[bytes], Any]:
+        def load(text: bytes) -> Any:
+            if oid == named.oid:
+                raise ValueError
+            return text.decode()
+
+        return load
+
+    value = Types(refuse, [named]).load(named.oid, msgspec.Raw(b'"(x)"'))
+    assert (type(value).__name__, value) == ("class_", ("x",))
+
+
 def test_a_composite_is_named_as_psycopg_names_it() -> None:
     odd = PgType(
         91000, "1 odd", "s", Kind.COMPOSITE, attributes=(("a b", TEXT), ("_c", TEXT), ("def", TEXT))
