@@ -40,6 +40,7 @@ class Binding:
         self._router = router
         self._follow_partitions = follow_partitions
         self._partitions_checked = False
+        self._question: UnknownLayout | None = None
         self._unfit: set[tuple[str, Relation]] = set()
         self._missing: set[Relation] = set()
         router.unbind()
@@ -48,29 +49,53 @@ class Binding:
         """A new batch: what was asked for the last one may have changed."""
         self._partitions_checked = False
 
-    async def decode(self, record: memoryview | bytes) -> Begin | Change | Commit | Message:
-        """Decode a record, after looking up the shape of its relation if it is new.
+    def decode(self, record: memoryview | bytes) -> Begin | Change | Commit | Message | None:
+        """Decode a record, or return None when `learn` has to look its relation up first.
 
         Raises:
             DecodeError: the record is not one of wal2json's.
-            FilterError: a filter no longer fits its table.
-            Unavailable: the catalog cannot be asked.
         """
         try:
             return self._decoder.decode(record)
         except UnknownLayout as question:
-            self._decoder.learn(await self._layout(question))
-            return self._decoder.decode(record)
+            self._question = question
+            return None
 
-    async def route(self, change: Change) -> list[tuple[Route, Change]]:
+    async def learn(self, record: memoryview | bytes) -> Begin | Change | Commit | Message:
+        """Look up the relation of the record that `decode` did not know, and decode it.
+
+        Raises:
+            FilterError: a filter no longer fits its table.
+            Unavailable: the catalog cannot be asked.
+        """
+        assert self._question is not None  # noqa: S101 - decode has left it
+        self._decoder.learn(await self._layout(self._question))
+        return self._decoder.decode(record)
+
+    def route(self, change: Change) -> list[tuple[Route, Change]] | None:
         """Return the routes that keep a change, each with what it shall see.
+
+        None means that `route_anew` has to ask the catalog first.
+
+        Raises:
+            DecodeError: a value is not what wal2json writes for its type.
+        """
+        if self._follow_partitions and not self._partitions_checked and self._may_gain(change):
+            return None
+        try:
+            return self._router.route(change)
+        except UnknownLabel:
+            return None
+
+    async def route_anew(self, change: Change) -> list[tuple[Route, Change]]:
+        """Route a change after looking at the partitions and the types again.
 
         Raises:
             DecodeError: a value is not what wal2json writes for its type.
             FilterError: a filter no longer fits its table.
             Unavailable: the catalog cannot be asked.
         """
-        if self._follow_partitions and not self._partitions_checked:
+        if self._follow_partitions and not self._partitions_checked and self._may_gain(change):
             await self._follow(change)
         try:
             return self._router.route(change)
@@ -86,6 +111,9 @@ class Binding:
                 " older changes are through",
             ) from None
 
+    def _may_gain(self, change: Change) -> bool:
+        return self._router.may_gain(change.layout)
+
     async def _layout(self, question: UnknownLayout) -> Layout:
         await self._catalog.wait_until_visible(question.xid)
         layout = await self._catalog.layout(question)
@@ -99,8 +127,6 @@ class Binding:
 
         The catalog is asked once in a batch, and only for tables that some route does not want.
         """
-        if not self._router.may_gain(change.layout):
-            return
         self._partitions_checked = True
         await self._catalog.wait_until_visible(change.xid)
         if await self._catalog.partitions_changed():

@@ -175,7 +175,7 @@ class Row(Mapping[str, Any]):
         return self._columns.get(name)
 
 
-class Change(msgspec.Struct, eq=False):
+class Change(msgspec.Struct, eq=False, gc=False):
     """One row inserted, updated or deleted, or one table truncated.
 
     ``new_columns`` and ``identity_columns`` are what was sent; ``row``, ``identity`` and ``key``

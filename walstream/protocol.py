@@ -48,6 +48,16 @@ class PrimaryKeepalive(msgspec.Struct, frozen=True, gc=False):
     reply_requested: bool
 
 
+def record_of(data: bytes) -> memoryview | None:
+    """Return the record inside an XLogData message, or None for a message of another kind.
+
+    The hot path: `parse` reads the rest of the message, which is needed for errors only.
+    """
+    if len(data) >= HEADER_BYTES and data[0] == XLOG_DATA:
+        return memoryview(data)[HEADER_BYTES:]
+    return None
+
+
 def parse(data: bytes) -> XLogData | PrimaryKeepalive:
     """Read the content of one CopyData message.
 

@@ -38,7 +38,7 @@ from walstream.errors import (
     WalstreamError,
 )
 from walstream.lsn import ZERO, Lsn
-from walstream.protocol import PrimaryKeepalive, parse, status_update
+from walstream.protocol import PrimaryKeepalive, XLogData, parse, record_of, status_update
 from walstream.router import Route, TablePattern
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.stream")
@@ -224,22 +224,32 @@ class Session:
         reply_requested = False
         self._binding.begin_batch()
         for data in batch:
-            message = parse(data)
-            if isinstance(message, PrimaryKeepalive):
-                self._acknowledger.keepalive(Lsn(message.wal_end))
-                reply_requested = reply_requested or message.reply_requested
+            record = record_of(data)
+            if record is None:
+                reply_requested |= self._keepalive(parse(data))
                 continue
             try:
-                decoded = await self._binding.decode(message.record)
-                if isinstance(decoded, Change):
+                decoded = self._binding.decode(record)
+                if decoded is None:
+                    decoded = await self._binding.learn(record)
+                if type(decoded) is Change:
                     self._counts.changes += 1
-                    self._hand(await self._binding.route(decoded), handed)
+                    routed = self._binding.route(decoded)
+                    if routed is None:
+                        routed = await self._binding.route_anew(decoded)
+                    self._hand(routed, handed)
                 elif not self._bracket(decoded):
                     break
             except DecodeError as error:
-                text = f"at {Lsn(message.data_start)}: {error.message}"
+                text = f"{_position(data)}: {error.message}"
                 raise DecodeError(text, hint=error.hint) from None
         return reply_requested
+
+    def _keepalive(self, message: XLogData | PrimaryKeepalive) -> bool:
+        """Take a sign of life; return whether the server wants one of ours."""
+        assert isinstance(message, PrimaryKeepalive)  # noqa: S101 - the other kind has a record
+        self._acknowledger.keepalive(Lsn(message.wal_end))
+        return message.reply_requested
 
     def _hand(self, routed: list[tuple[Route, Change]], handed: list[Handed]) -> None:
         ticket = self._ticket
@@ -248,7 +258,7 @@ class Session:
             self._acknowledger.hand(ticket, len(routed))
             handed += [(route, projected, ticket) for route, projected in routed]
 
-    def _bracket(self, decoded: Begin | Commit | Message) -> bool:
+    def _bracket(self, decoded: Begin | Change | Commit | Message) -> bool:
         """Open and close transactions; return False when ``until`` is reached."""
         match decoded:
             case Begin(transaction):
@@ -332,3 +342,9 @@ class Session:
             log.warning("confirm_failed", error=type(error).__name__)
             return False
         return True
+
+
+def _position(data: bytes) -> str:
+    """Say where a record lies that cannot be used."""
+    message = parse(data)
+    return f"at {Lsn(message.data_start)}" if isinstance(message, XLogData) else "in a keepalive"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from walstream.errors import ProtocolError
 from walstream.lsn import Lsn
-from walstream.protocol import PrimaryKeepalive, XLogData, parse, status_update
+from walstream.protocol import PrimaryKeepalive, XLogData, parse, record_of, status_update
 
 POSITIONS = st.integers(0, 2**64 - 1)
 TIMES = st.integers(-(2**63), 2**63 - 1)
@@ -65,3 +65,12 @@ def test_a_status_update_reports_one_position_three_times(
         1_500_000,
         reply_requested,
     )
+
+
+@given(st.binary(max_size=40))
+def test_the_record_of_a_message_is_that_of_the_parsed_one(data: bytes) -> None:
+    """The short way for the hot path, and the long one, agree."""
+    with contextlib.suppress(ProtocolError):
+        message = parse(data)
+        record = record_of(data)
+        assert record == (message.record if isinstance(message, XLogData) else None)
