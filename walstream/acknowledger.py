@@ -72,7 +72,8 @@ class Acknowledger:
             raise ValueError(message)
         ticket.untaken -= count
         self._progress += 1
-        self._advance()
+        if ticket.closed and ticket.untaken == 0:
+            self._advance()
 
     def close(self, ticket: Ticket) -> None:
         """The transaction's COMMIT arrived: nothing more will be handed out for it."""

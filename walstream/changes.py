@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
+from walstream.errors import DecodeError
 from walstream.lsn import Lsn
 from walstream.values import Types
 
@@ -69,6 +70,11 @@ class Layout(msgspec.Struct, eq=False, frozen=True):
     toastable: tuple[str, ...] = ()
     is_full: bool = False
     in_catalog: bool = True
+    places: dict[str, int] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Note where in a record each column is."""
+        self.places.update({name: place for place, name in enumerate(self.names)})
 
     @property
     def root(self) -> Relation | None:
@@ -130,13 +136,14 @@ class Row(Mapping[str, Any]):
     mapping; asking for one raises `UnchangedValueError`, which is a `KeyError`.
     """
 
-    __slots__ = ("_columns", "_layout", "_loaded", "_unchanged")
+    __slots__ = ("_by_name", "_columns", "_layout", "_loaded", "_unchanged")
 
     def __init__(
         self, layout: Layout, columns: list[Column], unchanged: tuple[str, ...] = ()
     ) -> None:
         self._layout = layout
-        self._columns = {column.name: column for column in columns}
+        self._columns = columns
+        self._by_name: dict[str, Column] | None = None
         self._loaded: dict[str, Any] = {}
         self._unchanged = unchanged
 
@@ -150,7 +157,7 @@ class Row(Mapping[str, Any]):
         loaded = self._loaded
         if name in loaded:
             return loaded[name]
-        column = self._columns.get(name)
+        column = self.column(name)
         if column is None:
             if name in self._unchanged:
                 raise UnchangedValueError(self._layout.relation, name)
@@ -160,7 +167,7 @@ class Row(Mapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the column names."""
-        return iter(self._columns)
+        return iter([column.name for column in self._columns])
 
     def __len__(self) -> int:
         """Count the columns that are there."""
@@ -168,18 +175,27 @@ class Row(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         """Print the column names only: values must not reach a log by accident."""
-        return f"Row({', '.join(self._columns)})"
+        return f"Row({', '.join(self)})"
 
     def column(self, name: str) -> Column | None:
         """Return the column as it was sent, or None when it was not."""
-        return self._columns.get(name)
+        # Nearly always a column is where the layout has it: a dictionary for every row would cost
+        # more than all that is done with most rows.
+        columns = self._columns
+        place = self._layout.places.get(name, len(columns))
+        if place < len(columns) and columns[place].name == name:
+            return columns[place]
+        if self._by_name is None:
+            self._by_name = {column.name: column for column in columns}
+        return self._by_name.get(name)
 
 
 class Change(msgspec.Struct, eq=False, gc=False):
     """One row inserted, updated or deleted, or one table truncated.
 
     ``new_columns`` and ``identity_columns`` are what was sent; ``row``, ``identity`` and ``key``
-    are the views that handlers want.
+    are the views that handlers want. The identity of an update stays JSON (``sent_identity``) until
+    somebody looks at it: few do, and under REPLICA IDENTITY FULL it is half of the record.
 
     ``unchanged`` names the columns that Postgres left out: TOASTed values that an UPDATE did not
     touch. ``leaving`` is true for an UPDATE that a route asked for because its new row no longer
@@ -191,7 +207,7 @@ class Change(msgspec.Struct, eq=False, gc=False):
     transaction: Transaction
     ordinal: int
     new_columns: list[Column] | None = None
-    identity_columns: list[Column] | None = None
+    sent_identity: list[Column] | msgspec.Raw | None = None
     unchanged: tuple[str, ...] = ()
     leaving: bool = False
     _row: Row | None = None
@@ -206,6 +222,18 @@ class Change(msgspec.Struct, eq=False, gc=False):
     def root(self) -> Relation | None:
         """The partitioned table that ``relation`` is a partition of."""
         return self.layout.root
+
+    @property
+    def identity_columns(self) -> list[Column] | None:
+        """The old values that Postgres sent, as they were sent.
+
+        Raises:
+            DecodeError: they are not what wal2json writes.
+        """
+        sent = self.sent_identity
+        if isinstance(sent, msgspec.Raw):
+            sent = self.sent_identity = decode_columns(sent)
+        return sent
 
     @property
     def row(self) -> Row:
@@ -319,6 +347,22 @@ class Message(msgspec.Struct, eq=False, frozen=True):
         if self.transaction is None:
             return str(self.lsn)
         return f"{self.transaction.end_lsn}:{self.ordinal}"
+
+
+def decode_columns(sent: msgspec.Raw) -> list[Column]:
+    """Read a record's list of columns.
+
+    Raises:
+        DecodeError: it is not what wal2json writes.
+    """
+    try:
+        return _COLUMNS.decode(sent)
+    except msgspec.DecodeError as error:
+        message = f"the columns of a record are not what wal2json writes: {error}"
+        raise DecodeError(message) from None
+
+
+_COLUMNS: Final = msgspec.json.Decoder(list[Column])
 
 
 @lru_cache(maxsize=4096)

@@ -35,8 +35,12 @@ if TYPE_CHECKING:
     from psycopg.rows import TupleRow
 
 BATCH_BYTES: Final = 1 << 20
-BATCH_MESSAGES: Final = 1000
-"""A batch ends when the socket is empty, or when one of these is reached: they bound memory."""
+BATCH_MESSAGES: Final = 100
+"""A batch ends when the socket is empty, or when one of these is reached.
+
+They bound memory, and keep what is made of a batch in the processor's cache: with batches of 1,000
+messages a row of a kilobyte costs 8.2 µs of CPU time, with 100 it costs 5.7 µs.
+"""
 
 HOT_MESSAGES_PER_SECOND: Final = 10_000
 HOT_WAIT_SECONDS: Final = 0.002
@@ -76,7 +80,10 @@ class ReplicationConnection:
         self._woken = False
         self._hot = False
         self._may_run_hot = False
+        self._emptied = True
         self._read_at = 0.0
+        self._counted = 0
+        self._counted_since = 0.0
 
     @classmethod
     async def open(
@@ -185,11 +192,7 @@ class ReplicationConnection:
             ConnectionLost: the connection was cut.
             WalstreamError: the server ended the stream with another error.
         """
-        if self._hot:
-            # Delivering the last batch took its time; messages have collected meanwhile.
-            rest = self._read_at + HOT_WAIT_SECONDS - time.monotonic()
-            if rest > 0:
-                await asyncio.sleep(rest)
+        await self._rest()
         while not (batch := self._drain()):
             if self._ended is not None:
                 raise self._ended
@@ -200,6 +203,18 @@ class ReplicationConnection:
             await self._readable()
         self._measure(len(batch))
         return batch
+
+    async def _rest(self) -> None:
+        """Let other tasks run, and while the stream is hot, let messages collect.
+
+        As long as messages come faster than they are delivered nothing waits for the socket:
+        without this no timer would go off, and no signal be seen, until the stream has caught up.
+        """
+        seconds = 0.0
+        if self._hot and self._emptied:
+            # Delivering the last batch took its time; messages have collected meanwhile.
+            seconds = self._read_at + HOT_WAIT_SECONDS - time.monotonic()
+        await asyncio.sleep(max(seconds, 0.0))
 
     def wake(self) -> None:
         """Let a `read` that waits return at once, with nothing if nothing has come."""
@@ -244,12 +259,14 @@ class ReplicationConnection:
         One ``consume_input`` reads 16 KB at most, so it is repeated until nothing comes.
         """
         batch: list[bytes] = []
+        self._emptied = False
         try:
             size = self._take(batch)
             while self._ended is None and size < BATCH_BYTES and len(batch) < BATCH_MESSAGES:
                 self._pgconn.consume_input()
                 taken = self._take(batch)
                 if not taken:
+                    self._emptied = True
                     break
                 size += taken
         except psycopg.Error as error:
@@ -295,12 +312,16 @@ class ReplicationConnection:
             loop.remove_reader(descriptor)
 
     def _measure(self, messages: int) -> None:
-        """Decide from the rate since the last read whether to let messages collect."""
-        now = time.monotonic()
-        elapsed = now - self._read_at
-        self._read_at = now
-        if self._may_run_hot:
-            self._hot = messages > HOT_MESSAGES_PER_SECOND * max(elapsed, HOT_WAIT_SECONDS)
+        """Decide from the rate of the last milliseconds whether to let messages collect.
+
+        A single batch says nothing: a reader that wakes up for every message sees batches of one.
+        """
+        now = self._read_at = time.monotonic()
+        self._counted += messages
+        elapsed = now - self._counted_since
+        if elapsed >= HOT_WAIT_SECONDS:
+            self._hot = self._may_run_hot and self._counted > HOT_MESSAGES_PER_SECOND * elapsed
+            self._counted, self._counted_since = 0, now
 
     def _is_tcp(self) -> bool:
         with socket.socket(fileno=os.dup(self._pgconn.socket)) as descriptor:

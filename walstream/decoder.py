@@ -25,6 +25,7 @@ from walstream.changes import (
     Operation,
     Relation,
     Transaction,
+    decode_columns,
 )
 from walstream.errors import DecodeError
 from walstream.lsn import Lsn
@@ -104,7 +105,7 @@ class _Update(msgspec.Struct, tag_field="action", tag="U", gc=False):
     schema: str
     table: str
     columns: list[Column]
-    identity: list[Column]
+    identity: msgspec.Raw
     pk: list[_KeyColumn]
 
 
@@ -190,26 +191,27 @@ class Decoder:
         if type(decoded) is _Update:
             return self._update(decoded)
         if type(decoded) is _Insert:
-            layout = self._layout(decoded.schema, decoded.table, decoded.columns, [], decoded.pk)
+            layout = self._layout(decoded.schema, decoded.table, decoded.columns, decoded.pk)
             return self._change(Operation.INSERT, layout, decoded.columns, None)
         if type(decoded) is _Delete:
-            layout = self._layout(decoded.schema, decoded.table, decoded.identity, [], decoded.pk)
+            layout = self._layout(decoded.schema, decoded.table, decoded.identity, decoded.pk)
             return self._change(Operation.DELETE, layout, None, decoded.identity)
         if type(decoded) is _Begin:
             return self._begin(record, decoded)
         if type(decoded) is _Commit:
             return self._commit(record, decoded)
         if type(decoded) is _Truncate:
-            layout = self._layout(decoded.schema, decoded.table, [], [], [])
+            layout = self._layout(decoded.schema, decoded.table, [], [])
             return self._change(Operation.TRUNCATE, layout, None, None)
         return self._message(record, decoded)  # type: ignore[arg-type]
 
     def _update(self, decoded: _Update) -> Change:
         columns = decoded.columns
-        identity = decoded.identity
-        layout = self._layout(decoded.schema, decoded.table, columns, identity, decoded.pk)
-        if not layout.missing and len(identity) <= len(columns):
-            return self._change(Operation.UPDATE, layout, columns, identity)
+        sent = decoded.identity
+        layout = self._layout(decoded.schema, decoded.table, columns, decoded.pk, sent)
+        if not layout.missing and _length(sent) <= len(columns):
+            return self._change(Operation.UPDATE, layout, columns, sent)
+        identity = decode_columns(sent)
         columns, unchanged = _fill_in(layout, columns, identity)
         return self._change(Operation.UPDATE, layout, columns, identity, unchanged)
 
@@ -218,8 +220,8 @@ class Decoder:
         schema: str,
         table: str,
         columns: list[Column],
-        identity: list[Column],
         key: list[_KeyColumn],
+        sent_identity: msgspec.Raw | None = None,
     ) -> Layout:
         names = [column.name for column in columns]
         typeoids = [column.typeoid for column in columns]
@@ -227,6 +229,7 @@ class Decoder:
         for layout in self._layouts.get((schema, table), ()):
             if layout.names == names and layout.typeoids == typeoids and layout.key == key_names:
                 return layout
+        identity = [] if sent_identity is None else decode_columns(sent_identity)
         xid = self._transaction.xid if self._transaction else 0
         raise UnknownLayout(Relation(schema, table), columns, identity, key_names, xid)
 
@@ -235,7 +238,7 @@ class Decoder:
         operation: Operation,
         layout: Layout,
         columns: list[Column] | None,
-        identity: list[Column] | None,
+        identity: list[Column] | msgspec.Raw | None,
         unchanged: tuple[str, ...] = (),
     ) -> Change:
         transaction = self._transaction
@@ -277,6 +280,11 @@ class Decoder:
             return Message(decoded.prefix, decoded.content, lsn)
         self._ordinal += 1
         return Message(decoded.prefix, decoded.content, lsn, self._transaction, self._ordinal)
+
+
+def _length(columns: msgspec.Raw) -> int:
+    """Count columns without decoding them; a quote inside of a value is escaped."""
+    return bytes(columns).count(b'{"name"')
 
 
 def _fill_in(

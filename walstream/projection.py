@@ -109,7 +109,7 @@ class Projection:
         return msgspec.structs.replace(
             change,
             new_columns=self._columns(change.new_columns, types),
-            identity_columns=self._columns(change.identity_columns, types),
+            sent_identity=self._columns(change.identity_columns, types),
             unchanged=tuple(filter(self.passes, change.unchanged)),
             _row=None,
             _identity=None,

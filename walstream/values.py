@@ -164,7 +164,7 @@ class Types:
             convert = self._loads[oid] = self._loader(self.resolve(oid))
         try:
             return convert(raw)
-        except ValueError:
+        except (ValueError, ArithmeticError):  # decimal raises the latter
             raise self._undecodable(oid, raw) from None
 
     def to_json(self, oid: int, raw: msgspec.Raw) -> bytes:
@@ -181,7 +181,7 @@ class Types:
             raise self._undecodable(oid, raw)
         try:
             return convert(scalar)
-        except ValueError:
+        except (ValueError, ArithmeticError):
             raise self._undecodable(oid, raw) from None
 
     def text(self, oid: int, raw: msgspec.Raw) -> str | None:
@@ -195,7 +195,7 @@ class Types:
             convert = self._texts[oid] = self.text_of(oid)
         try:
             text: str | None = convert(raw)
-        except ValueError:
+        except (ValueError, ArithmeticError):
             raise self._undecodable(oid, raw) from None
         return text
 

@@ -7,6 +7,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -395,3 +396,31 @@ def test_a_message_outside_a_transaction_and_inside_have_ids() -> None:
     transaction = Transaction(1, Lsn(1), Lsn(2), "2026-01-01 00:00:00+00")
     assert Message("p", "c", Lsn(9)).id == "0/9"
     assert Message("p", "c", Lsn(1), transaction, 3).id == "0/2:3"
+
+
+def test_an_updates_identity_is_decoded_when_it_is_looked_at(reader: Reader) -> None:
+    """Under REPLICA IDENTITY FULL it is half of the record, and few handlers want it."""
+    whole = columns(id=1, note='{"name"', big="x")
+    change = reader.change(record("U", columns=whole, identity=whole, pk=KEY))
+    assert isinstance(change.sent_identity, msgspec.Raw)
+    assert dict(change.identity) == {"id": 1, "note": '{"name"', "big": "x"}
+    assert isinstance(change.sent_identity, list)
+
+
+def test_an_identity_that_is_none_is_refused_when_it_is_looked_at(reader: Reader) -> None:
+    """Without showing it."""
+    whole = columns(id=1, note="a", big="x")
+    reader.change(record("U", columns=whole, identity=columns(id=1), pk=KEY))
+    change = reader.change(record("U", columns=whole, identity=[{"secret": 1}], pk=KEY))
+    with pytest.raises(DecodeError, match="the columns of a record are not") as refused:
+        change.identity["id"]
+    assert "secret" not in str(refused.value)
+
+
+def test_a_column_is_found_wherever_it_stands(reader: Reader) -> None:
+    """An identity need not have the columns where the row has them."""
+    change = reader.change(
+        record("U", columns=columns(id=1, note="a", big="x"), identity=columns(note="b"), pk=KEY)
+    )
+    assert change.identity["note"] == "b"
+    assert "id" not in change.identity
