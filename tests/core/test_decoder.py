@@ -402,9 +402,8 @@ def test_an_updates_identity_is_decoded_when_it_is_looked_at(reader: Reader) -> 
     """Under REPLICA IDENTITY FULL it is half of the record, and few handlers want it."""
     whole = columns(id=1, note='{"name"', big="x")
     change = reader.change(record("U", columns=whole, identity=whole, pk=KEY))
-    assert isinstance(change.sent_identity, msgspec.Raw)
-    assert dict(change.identity) == {"id": 1, "note": '{"name"', "big": "x"}
-    assert isinstance(change.sent_identity, list)
+    assert type(change.sent_identity) is msgspec.Raw
+    assert dict(change.identity) == dict(change.row)
 
 
 def test_an_identity_that_is_none_is_refused_when_it_is_looked_at(reader: Reader) -> None:
