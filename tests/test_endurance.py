@@ -206,6 +206,28 @@ async def test_a_server_shuts_down_in_the_middle_of_a_large_transaction(
         database.close()
 
 
+async def test_timers_go_off_while_a_backlog_is_delivered(database: Database) -> None:
+    """Handlers that never wait, and a socket that is never empty, must not starve the loop."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+    stream = Stream(database)
+    seen_at: list[int] = []
+
+    @stream.app.on("public.t")
+    async def note(change: Change) -> None:
+        seen_at.append(ticks)
+
+    database.execute("INSERT INTO t SELECT g, repeat('x', 500) FROM generate_series(1, 20000) g")
+    ticks = 0
+    running = asyncio.create_task(stream.drain())
+    while not running.done():
+        ticks += 1
+        await asyncio.sleep(0)
+    await running
+    assert len(seen_at) == 20_000
+    longest_hold = max(seen_at.count(tick) for tick in set(seen_at))
+    assert longest_hold <= 1_000
+
+
 async def test_a_slot_that_vanished_is_not_made_again_in_silence(database: Database) -> None:
     """Not even with create = true: what was committed in between would be missing."""
     database.execute("CREATE TABLE t (id int PRIMARY KEY)")
