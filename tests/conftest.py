@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,11 @@ from tests import postgres
 from tests.postgres import Database, create_database, drop_database
 from walstream.cluster import PrivateCluster, ServerPrograms, find_programs
 from walstream.errors import ServerProgramsMissing
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the tests in the background has SIGINT ignored, and so would be all programs
+    # that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GIVEN_DSN = os.environ.get("WALSTREAM_TEST_DSN")
 

@@ -164,12 +164,9 @@ def test_stop_kill_and_remove_may_be_repeated(private_cluster: StartCluster) -> 
 
 
 OWNER = """
-import signal
 import time
 from walstream.cluster import PrivateCluster
 
-# Where the tests run in the background, the shell has SIGINT ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 with PrivateCluster() as cluster:
     print(cluster.pid, cluster.folder, flush=True)
     time.sleep(100)

@@ -314,11 +314,9 @@ def test_records_out_of_order_are_refused(
         reader.decode(last)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=8,
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+OBJECTS = st.dictionaries(st.sampled_from(["name", "typeoid", "value"]) | st.text(), SCALARS)
+JSON = SCALARS | OBJECTS | st.lists(SCALARS) | st.lists(OBJECTS) | st.lists(st.lists(OBJECTS))
 MEMBERS = st.dictionaries(
     st.sampled_from(
         ["schema", "table", "columns", "identity", "pk", "lsn", "nextlsn", "xid", "timestamp"]
