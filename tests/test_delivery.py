@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from unittest.mock import AsyncMock
 
 import pytest
 
@@ -466,7 +465,6 @@ async def take(change: Change, *, twice: bool = False) -> None:
         (functools.partial(take, twice=True), True, "take"),
         (functools.partial(CallableObject().take, twice=True), True, "CallableObject.take"),
         (functools.partial(CallableObject()), True, "CallableObject"),
-        (AsyncMock(), True, "AsyncMock"),
         (print, False, "print"),
         (int, False, "int"),
     ],
