@@ -13,17 +13,21 @@ from typing import Any
 
 import pytest
 
+from tests import postgres
 from walstream.acknowledger import Acknowledger, Ticket
 from walstream.backoff import Backoff
 from walstream.changes import Change, Layout, Operation, Relation, Transaction
-from walstream.delivery import Delivery, Handed, Handler, HandlerFunction, RetryPolicy, Sink
+from walstream.delivery import Delivery, Limits
+from walstream.destinations import Handler, HandlerFunction, HandlerOptions, Sink
 from walstream.errors import HandlerFailed, OutputClosed, SinkFailed
+from walstream.flow import Handed
 from walstream.lsn import Lsn
+from walstream.policy import FailurePolicy
 from walstream.router import Route, TablePattern
 from walstream.values import Types
 
 LAYOUT = Layout(Relation("public", "t"), [], [], [], Types(lambda _: bytes))
-QUICK = RetryPolicy(3, Backoff(0.001, 0.001))
+QUICK = FailurePolicy(attempts=3, backoff=Backoff(0.001, 0.001))
 
 
 class MemorySink:
@@ -54,26 +58,40 @@ class Line:
     def __init__(self) -> None:
         self.acknowledger = Acknowledger(Lsn(0))
         self.handed: list[Handed] = []
+        self.policy = QUICK
+        self.options: dict[str, Any] = {}
         self.end = 0
+        self._delivery: Delivery | None = None
 
     def transaction(self, *destinations: Handler | Sink) -> Ticket:
         self.end += 100
         ticket = self.acknowledger.open(Lsn(self.end))
         transaction = Transaction(1, Lsn(self.end - 10), Lsn(self.end), "2026-01-01 00:00:00+00")
         for ordinal, destination in enumerate(destinations, 1):
-            route = Route("route", TablePattern(None, None), destination)
+            route = Route("route", TablePattern(None, None), destination, policy=self.policy)
             change = Change(Operation.TRUNCATE, LAYOUT, transaction, ordinal)
             self.acknowledger.hand(ticket)
-            self.handed.append((route, change, ticket))
+            self.handed.append((route, change, ticket, 100))
         self.acknowledger.close(ticket)
         return ticket
 
-    async def deliver(self, delivery: Delivery, stopping: Callable[[], bool] = bool) -> bool:
-        delivery.attach(self.acknowledger)
+    @property
+    def delivery(self) -> Delivery:
+        """To all destinations that were handed something; made once."""
+        if self._delivery is None:
+            destinations = dict.fromkeys(route.destination for route, _, _, _ in self.handed)
+            self._delivery = Delivery(destinations, Limits(), **self.options)
+        return self._delivery
+
+    async def deliver(self) -> None:
+        """Deliver what was handed until now, in one session."""
+        self.delivery.attach(self.acknowledger)
+        self.delivery.hand(self.handed)
+        self.delivery.finish()
         try:
-            return await delivery.deliver(self.handed, stopping=stopping)
+            await self.delivery.run()
         finally:
-            delivery.close()
+            self.delivery.close()
 
 
 @pytest.fixture
@@ -81,41 +99,33 @@ def line() -> Line:
     return Line()
 
 
-@pytest.fixture
-def delivery() -> Delivery:
-    return Delivery(QUICK)
-
-
-async def test_async_and_sync_handlers_are_called_in_commit_order(
-    line: Line, delivery: Delivery
-) -> None:
-    """Also where they alternate; sync ones run in one thread that is not the loop's."""
-    calls: list[str] = []
+async def test_async_and_sync_handlers_are_called_in_commit_order(line: Line) -> None:
+    """Each by itself; a sync one in one thread that is not the loop's."""
+    calls: dict[str, list[str]] = {"async": [], "sync": []}
     threads: set[int] = set()
 
     async def in_loop(change: Change) -> None:
         await asyncio.sleep(0)
-        calls.append(f"async {change.id}")
+        calls["async"].append(change.id)
 
     def in_thread(change: Change) -> None:
         threads.add(threading.get_ident())
-        calls.append(f"sync {change.id}")
+        calls["sync"].append(change.id)
 
     a, s = Handler(in_loop), Handler(in_thread)
     line.transaction(a, s, s, a)
     line.transaction(s, a)
-    assert await line.deliver(delivery)
-    assert calls == [
-        "async 0/64:1", "sync 0/64:2", "sync 0/64:3", "async 0/64:4", "sync 0/C8:1", "async 0/C8:2",
-    ]  # fmt: skip
+    await line.deliver()
+    assert calls == {
+        "async": ["0/64:1", "0/64:4", "0/C8:2"],
+        "sync": ["0/64:2", "0/64:3", "0/C8:1"],
+    }
     assert len(threads) == 1
     assert threads != {threading.get_ident()}
-    assert (delivery.delivered, line.acknowledger.flush_lsn) == (6, 200)
+    assert (line.delivery.delivered, line.acknowledger.flush_lsn) == (6, 200)
 
 
-async def test_a_transaction_is_acknowledged_before_the_next_one_is_delivered(
-    line: Line, delivery: Delivery
-) -> None:
+async def test_a_transaction_is_acknowledged_before_the_next_one_is_delivered(line: Line) -> None:
     seen = []
 
     async def look(change: Change) -> None:
@@ -124,14 +134,12 @@ async def test_a_transaction_is_acknowledged_before_the_next_one_is_delivered(
     handler = Handler(look)
     for _ in range(3):
         line.transaction(handler)
-    await line.deliver(delivery)
+    await line.deliver()
     assert seen == [0, 100, 200]
 
 
 @pytest.mark.parametrize("kind", ["async", "sync", "own cancellation"])
-async def test_a_handler_that_raises_is_called_again(
-    line: Line, delivery: Delivery, kind: str
-) -> None:
+async def test_a_handler_that_raises_is_called_again(line: Line, kind: str) -> None:
     attempts = []
 
     def fail_twice(change: Change) -> None:
@@ -143,16 +151,20 @@ async def test_a_handler_that_raises_is_called_again(
         fail_twice(change)
 
     line.transaction(Handler(fail_twice if kind == "sync" else fail_twice_in_the_loop))
-    await line.deliver(delivery)
+    await line.deliver()
     assert attempts == ["0/64:1"] * 3
-    assert (delivery.retries, delivery.delivered, line.acknowledger.flush_lsn) == (2, 1, 100)
+    assert (line.delivery.retries, line.delivery.delivered, line.acknowledger.flush_lsn) == (
+        2,
+        1,
+        100,
+    )
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
 async def test_after_the_last_attempt_the_slot_stays_before_the_transaction(
-    line: Line, delivery: Delivery, kind: str
+    line: Line, kind: str
 ) -> None:
-    """What came before is taken, by sinks too; what comes after is not begun."""
+    """What came before is taken; other destinations finish what they have begun, and no more."""
     calls = []
     sink = MemorySink()
 
@@ -169,9 +181,9 @@ async def test_after_the_last_attempt_the_slot_stays_before_the_transaction(
     line.transaction(sink, handler, sink)
     line.transaction(handler)
     with pytest.raises(HandlerFailed) as failed:
-        await line.deliver(delivery)
+        await line.deliver()
     assert calls == ["0/64:1", "0/C8:2", "0/C8:2", "0/C8:2"]
-    assert sink.taken == ["0/64:2", "0/C8:1"]
+    assert sink.taken == ["0/64:2", "0/C8:1", "0/C8:3"]
     assert line.acknowledger.flush_lsn == 100
     assert "poisoned did not take change 0/C8:2 in 3 attempts: ValueError at " in str(failed.value)
     assert "a row value" not in str(failed.value)
@@ -182,57 +194,73 @@ async def test_error_messages_are_shown_when_that_is_asked_for(line: Line) -> No
         raise ValueError("a row value")
 
     line.transaction(Handler(poisoned))
+    line.options["show_error_messages"] = True
     with pytest.raises(HandlerFailed, match="a row value"):
-        await line.deliver(Delivery(QUICK, show_error_messages=True))
+        await line.deliver()
 
 
-async def test_a_sink_takes_a_batch_at_once_and_is_tried_again(
-    line: Line, delivery: Delivery
-) -> None:
+async def test_a_sink_takes_a_batch_at_once_and_is_tried_again(line: Line) -> None:
     sink = MemorySink(OSError(28, "No space left on device"), SinkFailed("not now"))
     line.transaction(sink, sink)
     line.transaction(sink)
-    await line.deliver(delivery)
+    await line.deliver()
     assert sink.calls == 3
     assert sink.taken == ["0/64:1", "0/64:2", "0/C8:1"]
     assert line.acknowledger.flush_lsn == 200
 
 
-async def test_a_sink_that_keeps_failing_stops_the_stream(line: Line, delivery: Delivery) -> None:
+async def test_a_sink_that_keeps_failing_stops_the_stream(line: Line) -> None:
     line.transaction(MemorySink(*[OSError(28, "No space left on device")] * 3))
     with pytest.raises(SinkFailed, match="memory did not take change 0/64:1 in 3 attempts"):
-        await line.deliver(delivery)
+        await line.deliver()
     assert line.acknowledger.flush_lsn == 0
 
 
-async def test_an_output_that_nobody_reads_is_not_tried_again(
-    line: Line, delivery: Delivery
-) -> None:
+async def test_an_output_that_nobody_reads_is_not_tried_again(line: Line) -> None:
     sink = MemorySink(OutputClosed("closed"))
     line.transaction(sink)
     with pytest.raises(OutputClosed):
-        await line.deliver(delivery)
+        await line.deliver()
     assert sink.calls == 1
 
 
-async def test_a_stop_finishes_the_transaction_in_hand(line: Line, delivery: Delivery) -> None:
+@pytest.mark.parametrize("kind", ["async", "sync", "lanes", "sink"])
+async def test_a_stop_finishes_the_transactions_that_are_begun(line: Line, kind: str) -> None:
     calls: list[str] = []
 
-    async def handle(change: Change) -> None:
+    def stop(change: Change) -> None:
         calls.append(change.id)
+        line.delivery.begin_no_more()
 
-    handler = Handler(handle)
-    first = line.transaction(handler, handler)
-    line.transaction(handler)
-    assert not await line.deliver(delivery, stopping=lambda: bool(calls))
-    assert calls == ["0/64:1", "0/64:2"]
-    assert delivery.is_inside(first)
-    assert not delivery.is_inside(None)
+    async def stop_in_the_loop(change: Change) -> None:
+        stop(change)
+        await asyncio.sleep(0)
+
+    class StoppingSink(MemorySink):
+        async def take(self, changes: Sequence[Change]) -> None:
+            calls.extend(change.id for change in changes)
+            line.delivery.begin_no_more()
+
+    destination: Handler | Sink
+    match kind:
+        case "async":
+            destination = Handler(stop_in_the_loop)
+        case "sync":
+            destination = Handler(stop)
+        case "lanes":
+            destination = Handler(stop_in_the_loop, options=HandlerOptions(concurrency=2))
+        case _:
+            destination = StoppingSink()
+    line.transaction(destination, destination)
+    line.transaction(destination)
+    await line.deliver()
+    expected = ["0/64:1", "0/64:2"]
+    # A sink that is given both transactions at once has begun both.
+    assert calls == ([*expected, "0/C8:1"] if kind == "sink" else expected)
+    assert line.acknowledger.flush_lsn == (200 if kind == "sink" else 100)
 
 
-async def test_a_cancellation_of_ours_passes_through_a_handler(
-    line: Line, delivery: Delivery
-) -> None:
+async def test_a_cancellation_of_ours_passes_through_a_handler(line: Line) -> None:
     started = asyncio.Event()
 
     async def wait(change: Change) -> None:
@@ -240,9 +268,9 @@ async def test_a_cancellation_of_ours_passes_through_a_handler(
         await asyncio.Event().wait()
 
     line.transaction(Handler(wait, name="waiting"))
-    task = asyncio.create_task(line.deliver(delivery))
+    task = asyncio.create_task(line.deliver())
     await started.wait()
-    held = delivery.held
+    held = line.delivery.held
     assert held is not None
     assert (held.destination, held.change_id) == ("waiting", "0/64:1")
     task.cancel()
@@ -252,9 +280,7 @@ async def test_a_cancellation_of_ours_passes_through_a_handler(
 
 
 @pytest.mark.parametrize("ending", ["returns", "raises"])
-async def test_a_handler_cannot_swallow_our_cancellation(
-    line: Line, delivery: Delivery, ending: str
-) -> None:
+async def test_a_handler_cannot_swallow_our_cancellation(line: Line, ending: str) -> None:
     """What it took by returning is taken; it is not called again, and nothing after it is begun."""
     calls: list[str] = []
     started = asyncio.Event()
@@ -273,19 +299,17 @@ async def test_a_handler_cannot_swallow_our_cancellation(
     handler = Handler(swallow)
     line.transaction(handler)
     line.transaction(handler)
-    task = asyncio.create_task(line.deliver(delivery))
+    task = asyncio.create_task(line.deliver())
     await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert calls == ["0/64:1"]
     taken = ending == "returns"
-    assert (delivery.delivered, line.acknowledger.flush_lsn) == (int(taken), 100 * taken)
+    assert (line.delivery.delivered, line.acknowledger.flush_lsn) == (int(taken), 100 * taken)
 
 
-async def test_a_retry_that_swallows_our_cancellation_is_the_last_one(
-    line: Line, delivery: Delivery
-) -> None:
+async def test_a_retry_that_swallows_our_cancellation_is_the_last_one(line: Line) -> None:
     calls: list[str] = []
     retried = asyncio.Event()
 
@@ -300,7 +324,7 @@ async def test_a_retry_that_swallows_our_cancellation_is_the_last_one(
             raise ValueError from None
 
     line.transaction(Handler(swallow))
-    task = asyncio.create_task(line.deliver(delivery))
+    task = asyncio.create_task(line.deliver())
     await retried.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -309,9 +333,7 @@ async def test_a_retry_that_swallows_our_cancellation_is_the_last_one(
 
 
 @pytest.mark.parametrize("ending", ["returns", "raises"])
-async def test_a_sink_cannot_swallow_our_cancellation(
-    line: Line, delivery: Delivery, ending: str
-) -> None:
+async def test_a_sink_cannot_swallow_our_cancellation(line: Line, ending: str) -> None:
     class Swallowing(MemorySink):
         async def take(self, changes: Sequence[Change]) -> None:
             await super().take(changes)
@@ -327,18 +349,16 @@ async def test_a_sink_cannot_swallow_our_cancellation(
     started = asyncio.Event()
     sink = Swallowing()
     line.transaction(sink)
-    task = asyncio.create_task(line.deliver(delivery))
+    task = asyncio.create_task(line.deliver())
     await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (sink.calls, delivery.retries) == (1, 0)
+    assert (sink.calls, line.delivery.retries) == (1, 0)
     assert line.acknowledger.flush_lsn == 100 * (ending == "returns")
 
 
-async def test_a_timeout_of_the_handlers_own_is_no_cancellation_of_ours(
-    line: Line, delivery: Delivery
-) -> None:
+async def test_a_timeout_of_the_handlers_own_is_no_cancellation_of_ours(line: Line) -> None:
     calls = []
 
     async def slow_once(change: Change) -> None:
@@ -347,8 +367,8 @@ async def test_a_timeout_of_the_handlers_own_is_no_cancellation_of_ours(
             await asyncio.sleep(0)
 
     line.transaction(Handler(slow_once))
-    assert await line.deliver(delivery)
-    assert (len(calls), delivery.retries) == (2, 1)
+    await line.deliver()
+    assert (len(calls), line.delivery.retries) == (2, 1)
 
 
 class Gate:
@@ -373,53 +393,66 @@ class Gate:
         await asyncio.to_thread(self.entered.wait, 10)
 
 
-@pytest.mark.parametrize("given_up_by", ["cancel", "attach", "close"])
 async def test_a_run_of_sync_calls_that_was_given_up_ends_with_the_call_in_hand(
-    line: Line, delivery: Delivery, given_up_by: str
+    line: Line,
 ) -> None:
+    """The next session waits until it has returned."""
     gate = Gate()
     line.transaction(*[Handler(gate)] * 5)
-    delivery.attach(line.acknowledger)
-    task = asyncio.create_task(delivery.deliver(line.handed))
+    task = asyncio.create_task(line.deliver())
     await gate.wait()
-    match given_up_by:
-        case "cancel":
-            task.cancel()
-            await asyncio.wait([task])
-        case "attach":
-            delivery.attach(Acknowledger(Lsn(0)))
-        case _:
-            delivery.close()
-    gate.opened.set()
+    task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.to_thread(delivery._thread.shutdown)
+    assert line.delivery.is_busy
+    assert line.delivery.held is not None
+    gate.opened.set()
+    await postgres.async_wait_until(lambda: not line.delivery.is_busy)
     assert gate.calls == ["0/64:1"]
-    assert not delivery.is_busy
-    assert delivery.held is None
-    assert (delivery.delivered, line.acknowledger.flush_lsn) == (0, 0)
+    assert (line.delivery.delivered, line.acknowledger.flush_lsn) == (0, 0)
 
 
-async def test_the_retry_of_a_sync_handler_is_seen_to_run(line: Line, delivery: Delivery) -> None:
-    """It counts as busy, and what it holds has been held since its first call."""
-    gate = Gate(closed_at=2)
-    line.transaction(Handler(gate, name="gate"))
-    task = asyncio.create_task(line.deliver(delivery))
+async def test_a_session_waits_for_the_sync_call_that_the_last_one_gave_up(line: Line) -> None:
+    gate = Gate()
+    line.transaction(*[Handler(gate)] * 2)
+    delivery = line.delivery
+    delivery.attach(line.acknowledger)
+    delivery.hand(line.handed)
+    task = asyncio.create_task(delivery.run())
     await gate.wait()
-    busy = [delivery.is_busy]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    task = asyncio.create_task(line.deliver())
+    await asyncio.sleep(0)
     held = delivery.held
     assert held is not None
-    assert (held.destination, held.change_id) == ("gate", "0/64:1")
-    assert held.since <= gate.called_at[0]
+    assert held.change_id == "0/64:1"
     gate.opened.set()
-    assert await task
-    assert [*busy, delivery.is_busy] == [True, False]
+    await task
+    assert gate.calls == ["0/64:1", "0/64:1", "0/64:2"]
+
+
+async def test_the_retry_of_a_sync_handler_is_seen_to_run(line: Line) -> None:
+    """It counts as busy, and what it holds is told."""
+    gate = Gate(closed_at=2)
+    line.transaction(Handler(gate, name="gate"))
+    task = asyncio.create_task(line.deliver())
+    await gate.wait()
+    busy = [line.delivery.is_busy]
+    held = line.delivery.held
+    assert held is not None
+    assert (held.destination, held.change_id) == ("gate", "0/64:1")
+    assert held.since <= gate.called_at[1]
+    gate.opened.set()
+    await task
+    assert [*busy, line.delivery.is_busy] == [True, False]
     assert gate.calls == ["0/64:1"] * 2
 
 
 @pytest.mark.parametrize("error", [StopIteration, asyncio.CancelledError, OSError])
 async def test_whatever_a_sync_handler_raises_is_its_failure(
-    line: Line, delivery: Delivery, error: type[BaseException]
+    line: Line, error: type[BaseException]
 ) -> None:
     """At its retries too: a future can carry no StopIteration, and nobody cancelled."""
 
@@ -429,18 +462,16 @@ async def test_whatever_a_sync_handler_raises_is_its_failure(
     line.transaction(Handler(fail))
     with pytest.raises(HandlerFailed, match=f"in 3 attempts: {error.__name__}"):
         async with asyncio.timeout(5):
-            await line.deliver(delivery)
+            await line.deliver()
 
 
-async def test_an_oserror_of_an_async_handler_is_the_handlers(
-    line: Line, delivery: Delivery
-) -> None:
+async def test_an_oserror_of_an_async_handler_is_the_handlers(line: Line) -> None:
     async def refused(change: Change) -> None:
         raise ConnectionRefusedError
 
     line.transaction(Handler(refused))
     with pytest.raises(HandlerFailed, match="ConnectionRefusedError"):
-        await line.deliver(delivery)
+        await line.deliver()
 
 
 class CallableObject:
@@ -476,7 +507,7 @@ def test_functions_and_callable_objects_are_handlers(
     assert (handler.is_async, handler.name) == (is_async, name)
 
 
-async def test_the_partial_of_an_async_function_runs(line: Line, delivery: Delivery) -> None:
+async def test_the_partial_of_an_async_function_runs(line: Line) -> None:
     calls = []
 
     async def handle(prefix: str, change: Change) -> None:
@@ -484,7 +515,7 @@ async def test_the_partial_of_an_async_function_runs(line: Line, delivery: Deliv
         calls.append(prefix + change.id)
 
     line.transaction(Handler(functools.partial(handle, "a ")))
-    await line.deliver(delivery)
+    await line.deliver()
     assert calls == ["a 0/64:1"]
 
 
@@ -531,7 +562,7 @@ def async_generator(change: Change) -> object:
 )
 @pytest.mark.parametrize("first_raises", [False, True])
 async def test_a_handler_that_leaves_its_work_undone_has_not_taken_the_change(
-    line: Line, delivery: Delivery, function: Callable[[Change], Any], returned: str, *,
+    line: Line, function: Callable[[Change], Any], returned: str, *,
     first_raises: bool,
 ) -> None:  # fmt: skip
     """Once is enough: it is not called again. The message says what to do."""
@@ -547,10 +578,10 @@ async def test_a_handler_that_leaves_its_work_undone_has_not_taken_the_change(
     handler.function = called
     line.transaction(handler, handler)
     with pytest.raises(HandlerFailed, match=f"returned an unfinished {returned}\n") as failed:
-        await line.deliver(delivery)
+        await line.deliver()
     assert "with async def" in str(failed.value.hint)
     assert len(calls) == 1 + first_raises
-    assert (delivery.delivered, line.acknowledger.flush_lsn) == (0, 0)
+    assert (line.delivery.delivered, line.acknowledger.flush_lsn) == (0, 0)
 
 
 class Generating:

@@ -17,14 +17,18 @@ from walstream.lsn import Lsn
 
 
 class Ticket:
-    """A transaction in flight. Only the acknowledger looks inside."""
+    """A transaction in flight: ``closed`` when all of it has come, ``begun`` when it is delivered.
 
-    __slots__ = ("closed", "end_lsn", "untaken")
+    Only the acknowledger looks at the rest.
+    """
+
+    __slots__ = ("begun", "closed", "end_lsn", "untaken")
 
     def __init__(self, end_lsn: Lsn) -> None:
         self.end_lsn = end_lsn
         self.untaken = 0
         self.closed = False
+        self.begun = False
 
 
 class Acknowledger:

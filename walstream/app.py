@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import structlog
 
 from walstream import config as configuration
 from walstream import logs
-from walstream.config import Config, RouteSpec
+from walstream.config import CallSpec, Config, MessageSpec, RouteSpec
 from walstream.daemon import Daemon, Summary
-from walstream.delivery import Handler, HandlerFunction
+from walstream.destinations import Handler, HandlerFunction
+from walstream.typed import RowModel
 
 Function = TypeVar("Function", bound=HandlerFunction)
 
@@ -30,7 +31,7 @@ class Walstream:
     """
 
     def __init__(self) -> None:
-        self.handlers: list[tuple[RouteSpec, Handler]] = []
+        self.handlers: list[tuple[RouteSpec | MessageSpec, Handler]] = []
         self._daemon: Daemon | None = None
 
     def on(  # noqa: PLR0913 - a route's parts, each by its name
@@ -38,49 +39,138 @@ class Walstream:
         table: str,
         *operations: str,
         where: str | None = None,
+        changed: str | Sequence[str] | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         mask: Mapping[str, str] | None = None,
         leaving: bool = False,
+        model: type[Any] | None = None,
+        batch: int | None = None,
+        linger_seconds: float | None = None,
+        transactions: bool = False,
+        max_transaction_changes: int | None = None,
+        concurrency: int = 1,
+        key: str | Sequence[str] | None = None,
+        visible: bool = False,
+        transactional: str | None = None,
+        attempts: int | None = None,
+        deadline_seconds: float | None = None,
+        on_failure: Literal["stop", "dead_letter", "skip"] | None = None,
         name: str = "",
     ) -> Callable[[Function], Function]:
         """Attach a function to the changes of a table.
 
-        ``async def`` functions run in the event loop, others in a thread. A function may be
-        attached several times. Handlers are called in commit order, one after another; one that
-        raises is called again, and in the end stops the stream with the slot before the change's
-        transaction.
+        ``async def`` functions run in the event loop, others in threads. A function may be attached
+        several times. Each attachment gets its changes in commit order, one after another, and
+        independently of all others.
 
         Args:
             table: ``schema.table``; ``*`` stands for all, for either part.
             operations: any of ``insert``, ``update``, ``delete``, ``truncate``; none means all.
             where: a filter such as ``status=eq.active,amount=gte.10``. Truncates have no row: with
                 a filter they come only when named among the operations.
+            changed: of updates only those that gave one of these columns another value. Needs
+                REPLICA IDENTITY FULL for columns outside of the key.
             include: the columns to see; None for all.
             exclude: columns not to see.
             mask: how to disguise columns: ``null``, ``redact``, ``keep-last-N``, ``hash``.
             leaving: see also updates whose old row passes the filter and whose new row does not,
                 with ``change.leaving`` set. Needs REPLICA IDENTITY FULL.
-            name: what logs and metrics call the handler; the function's name without it.
+            model: a pydantic model or dataclass that ``change.row`` shall be.
+            batch: call with a list of at most so many changes.
+            linger_seconds: how long a batch waits to be full; 0.05 without.
+            transactions: call with a list of all changes of one transaction.
+            max_transaction_changes: a larger transaction is refused; 10,000 without.
+            concurrency: so many calls at a time; in commit order only per key.
+            key: the columns that make the key; the primary key without. Dead letters go by it too.
+            visible: wait until other sessions see the change's transaction.
+            transactional: the connection string of a database. The function gets a connection as
+                second argument, in a transaction that also records how far it is: what comes again
+                is recognised, and does not reach the function.
+            attempts: how often it is called before ``on_failure``; the configuration's without.
+            deadline_seconds: no attempt begins later than that after the first one.
+            on_failure: ``stop`` the stream, keep the change as a ``dead_letter``, or ``skip`` it.
+            name: what logs, dead letters and metrics call the handler; the function's name without.
 
         Raises:
             ConfigError: with one sentence for each mistake.
+            TypeError: the function cannot be called like that, or the model is none.
         """
+        where_from = name or f"handler of {table}"
         spec = RouteSpec.declared(
-            name or f"handler of {table}",
+            where_from,
             table=table,
             operations=list(operations) or None,
             where=where,
+            changed=_names(changed),
             columns={
                 "include": None if include is None else list(include),
                 "exclude": list(exclude),
                 "mask": dict(mask or {}),
             },
             leaving=leaving,
+            attempts=attempts,
+            deadline_seconds=deadline_seconds,
+            on_failure=on_failure,
         )
+        calls = CallSpec.declared(
+            where_from,
+            batch=batch,
+            linger_seconds=linger_seconds,
+            transactions=transactions,
+            max_transaction_changes=max_transaction_changes,
+            concurrency=concurrency,
+            key=_names(key),
+            visible=visible,
+            transactional=transactional,
+        )
+        options = calls.options(None if model is None else RowModel(model))
 
         def attach(function: Function) -> Function:
-            self.handlers.append((spec, Handler(function, name=name)))
+            self.handlers.append((spec, Handler(function, name=name, options=options)))
+            return function
+
+        return attach
+
+    def on_message(  # noqa: PLR0913 - a route's parts, each by its name
+        self,
+        prefix: str,
+        *,
+        visible: bool = False,
+        transactional: str | None = None,
+        attempts: int | None = None,
+        deadline_seconds: float | None = None,
+        on_failure: Literal["stop", "dead_letter", "skip"] | None = None,
+        name: str = "",
+    ) -> Callable[[Function], Function]:
+        """Attach a function to logical messages: what ``pg_logical_emit_message`` writes.
+
+        Args:
+            prefix: of the messages; with a ``*`` at its end for all that begin so.
+            visible: as in `on`; for messages that belong to a transaction.
+            transactional: as in `on`.
+            attempts: as in `on`.
+            deadline_seconds: as in `on`.
+            on_failure: as in `on`.
+            name: as in `on`.
+
+        Raises:
+            ConfigError: with one sentence for each mistake.
+            TypeError: the function cannot be called like that.
+        """
+        where_from = name or f"handler of messages {prefix}"
+        spec = MessageSpec.declared(
+            where_from,
+            prefix=prefix,
+            attempts=attempts,
+            deadline_seconds=deadline_seconds,
+            on_failure=on_failure,
+        )
+        calls = CallSpec.declared(where_from, visible=visible, transactional=transactional)
+
+        def attach(function: Function) -> Function:
+            handler = Handler(function, name=name, options=calls.options(None))
+            self.handlers.append((spec, handler))
             return function
 
         return attach
@@ -109,6 +199,17 @@ class Walstream:
             self._daemon = None
 
     def stop(self) -> None:
-        """End `run`: finish the transaction that is being delivered, confirm, return."""
+        """End `run`: finish the transactions that are being delivered, confirm, return."""
         if self._daemon is not None:
             self._daemon.stop()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it streams, and no handler is stuck."""
+        return self._daemon is not None and self._daemon.is_ready
+
+
+def _names(columns: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if columns is None:
+        return None
+    return (columns,) if isinstance(columns, str) else tuple(columns)

@@ -14,7 +14,7 @@ from walstream.changes import Begin, Change, Commit, Layout, Message, Relation
 from walstream.decoder import Decoder, UnknownLayout, question_of
 from walstream.errors import DecodeError, FilterError
 from walstream.filters import Literal
-from walstream.router import Route, Router
+from walstream.router import MessageRoute, Route, Router
 from walstream.values import UnknownLabel
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.binding")
@@ -110,6 +110,10 @@ class Binding:
                 hint="a label was renamed, and a filter needs its order: drop the filter until the"
                 " older changes are through",
             ) from None
+
+    def route_message(self, message: Message) -> list[tuple[MessageRoute, Message]]:
+        """Return the routes that want a logical message."""
+        return self._router.route_message(message)
 
     def _may_gain(self, change: Change) -> bool:
         return self._router.may_gain(change.layout)

@@ -27,11 +27,11 @@ from walstream.values import Kind, PgType, Types
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.catalog")
 
-_PINNED: Final = b"; ".join(
+PINNED: Final = b"; ".join(
     b"SET LOCAL %b TO %b" % (name.encode(), value.encode())
     for name, value in SESSION_SETTINGS.items()
 )
-
+"""SQL that pins the session's settings for one transaction."""
 
 VISIBLE_SECONDS: Final = 5.0
 VISIBLE_PAUSE_SECONDS: Final = 0.002
@@ -264,7 +264,7 @@ class Catalog:
     ) -> list[TupleRow]:
         """Run a query with the pinned settings, which a pooler may have given to someone else."""
         async with connection.transaction():
-            await connection.execute(_PINNED)
+            await connection.execute(PINNED)
             cursor = await connection.execute(query, parameters)
             return await cursor.fetchall() if cursor.description else []
 

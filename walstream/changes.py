@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Generic
 
 import msgspec
+from typing_extensions import TypeVar
 
 from walstream.errors import DecodeError
 from walstream.lsn import Lsn
@@ -190,12 +191,18 @@ class Row(Mapping[str, Any]):
         return self._by_name.get(name)
 
 
-class Change(msgspec.Struct, eq=False, gc=False):
+RowT = TypeVar("RowT", default=Row)
+
+
+class Change(msgspec.Struct, Generic[RowT], eq=False, gc=False):
     """One row inserted, updated or deleted, or one table truncated.
 
     ``new_columns`` and ``identity_columns`` are what was sent; ``row``, ``identity`` and ``key``
-    are the views that handlers want. The identity of an update stays JSON (``sent_identity``) until
-    somebody looks at it: few do, and under REPLICA IDENTITY FULL it is half of the record.
+    are the views that handlers want. ``Change[Order]`` is a change whose ``row`` is a model
+    (`walstream.typed`), and ``Change`` alone is ``Change[Row]``.
+
+    The identity of an update stays JSON (``sent_identity``) until somebody looks at it: few do, and
+    under REPLICA IDENTITY FULL it is half of the record.
 
     ``unchanged`` names the columns that Postgres left out: TOASTed values that an UPDATE did not
     touch. ``leaving`` is true for an UPDATE that a route asked for because its new row no longer
@@ -210,7 +217,7 @@ class Change(msgspec.Struct, eq=False, gc=False):
     sent_identity: list[Column] | msgspec.Raw | None = None
     unchanged: tuple[str, ...] = ()
     leaving: bool = False
-    _row: Row | None = None
+    _row: RowT | None = None
     _identity: Row | None = None
 
     @property
@@ -236,12 +243,21 @@ class Change(msgspec.Struct, eq=False, gc=False):
         return sent
 
     @property
-    def row(self) -> Row:
-        """The new values; empty for a delete and a truncate."""
+    def row(self) -> RowT:
+        """The new values; for a delete and a truncate an empty `Row`, also with a model."""
         row = self._row
         if row is None:
-            row = self._row = Row(self.layout, self.new_columns or [], self.unchanged)
-        return row
+            # A change that was given no model is a Change[Row].
+            row = self._row = Row(self.layout, self.new_columns or [], self.unchanged)  # type: ignore[assignment]
+        return row  # type: ignore[return-value]
+
+    @property
+    def sent_row(self) -> Row:
+        """The new values as a mapping: ``row``, where that is not a model."""
+        row = self._row
+        if isinstance(row, Row):
+            return row
+        return Row(self.layout, self.new_columns or [], self.unchanged)
 
     @property
     def identity(self) -> Row:
@@ -258,7 +274,7 @@ class Change(msgspec.Struct, eq=False, gc=False):
         Empty when the table has no primary key. A delete under REPLICA IDENTITY USING INDEX need
         not carry them; the key then holds what was sent.
         """
-        source = self.identity if self.new_columns is None else self.row
+        source = self.identity if self.new_columns is None else self.sent_row
         return {name: source[name] for name in self.layout.key if name in source}
 
     @property

@@ -16,7 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -25,9 +33,13 @@ from pydantic_settings import (
 )
 
 from walstream import filters, postgres, projection
+from walstream.backoff import Backoff
 from walstream.changes import Operation
+from walstream.destinations import MAX_TRANSACTION_CHANGES, HandlerOptions
 from walstream.errors import ConfigError, FilterError
-from walstream.router import ALL_OPERATIONS, Route, TablePattern
+from walstream.policy import FailurePolicy, OnFailure
+from walstream.router import ALL_OPERATIONS, MessageRoute, Route, TablePattern
+from walstream.typed import RowModel
 
 ENV_PREFIX: Final = "WALSTREAM_"
 DEFAULT_FILE: Final = Path("walstream.toml")
@@ -123,14 +135,49 @@ class ColumnsConfig(_Section):
         return value
 
 
-class RouteSpec(_Section):
-    """Which changes a route wants, and what of them: what decorators and the file both say."""
+OnFailureName = Literal["stop", "dead_letter", "skip"]
+ColumnNames = Annotated[tuple[str, ...], Field(min_length=1)]
 
+
+class HandlersConfig(_Section):
+    """The handlers, and what is done when a destination fails, unless its route says otherwise."""
+
+    app: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
+    attempts: int = Field(5, ge=1)
+    deadline_seconds: Seconds | None = None
+    backoff_seconds: Seconds = 0.2
+    max_backoff_seconds: Seconds = 30.0
+    on_failure: OnFailureName = "stop"
+
+
+class FailureSpec(_Section):
+    """What is done when a route's destination fails; None for what ``[handlers]`` says."""
+
+    attempts: int | None = Field(None, ge=1)
+    deadline_seconds: Seconds | None = None
+    on_failure: OnFailureName | None = None
+
+    def policy(self, defaults: HandlersConfig) -> FailurePolicy:
+        """Return the policy of the route."""
+        return FailurePolicy(
+            attempts=self.attempts or defaults.attempts,
+            deadline_seconds=self.deadline_seconds or defaults.deadline_seconds,
+            backoff=Backoff(defaults.backoff_seconds, defaults.max_backoff_seconds),
+            on_failure=OnFailure(self.on_failure or defaults.on_failure),
+        )
+
+
+class _Wanted(_Section):
     table: str
     operations: list[OperationName] | None = Field(None, min_length=1)
     where: str | None = None
+    changed: ColumnNames | None = None
     columns: ColumnsConfig = ColumnsConfig()
     leaving: bool = False
+
+
+class RouteSpec(FailureSpec, _Wanted):
+    """Which changes a route wants, and what of them: what decorators and the file both say."""
 
     @field_validator("table")
     @classmethod
@@ -148,7 +195,13 @@ class RouteSpec(_Section):
                 raise ValueError(error.message) from None
         return value
 
-    def route(self, name: str, destination: Any, masking_key: bytes | None) -> Route:
+    def route(
+        self,
+        name: str,
+        destination: Any,
+        masking_key: bytes | None,
+        defaults: HandlersConfig = HandlersConfig(),  # noqa: B008 - it is frozen
+    ) -> Route:
         """Make the route.
 
         Raises:
@@ -173,6 +226,70 @@ class RouteSpec(_Section):
             where=None if self.where is None else filters.parse(self.where),
             projection=None if rules == ColumnsConfig() else kept,
             leaving=self.leaving,
+            changed=self.changed or (),
+            policy=self.policy(defaults),
+        )
+
+
+class MessageSpec(FailureSpec):
+    """Which logical messages a handler wants."""
+
+    prefix: str = Field(min_length=1)
+
+    def route(self, name: str, destination: Any, defaults: HandlersConfig) -> MessageRoute:
+        """Make the route."""
+        return MessageRoute(name, self.prefix, destination, self.policy(defaults))
+
+
+class CallSpec(_Section):
+    """How a handler wants to be called: what decorators say beside the route."""
+
+    batch: int | None = Field(None, ge=1)
+    linger_seconds: float | None = Field(None, ge=0)
+    transactions: bool = False
+    max_transaction_changes: int | None = Field(None, ge=1)
+    concurrency: int = Field(1, ge=1, le=1000)
+    key: ColumnNames | None = None
+    visible: bool = False
+    transactional: SecretStr | None = None
+
+    @field_validator("transactional")
+    @classmethod
+    def _readable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            postgres.check_dsn(value.get_secret_value())
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.transactions and self.batch is not None:
+            raise ValueError("batch and transactions are two kinds of list: choose one")
+        if self.linger_seconds is not None and self.batch is None:
+            raise ValueError("linger_seconds is how long a batch waits: it needs batch")
+        if self.max_transaction_changes is not None and not self.transactions:
+            raise ValueError("max_transaction_changes needs transactions=True")
+        in_order = self.transactions or self.transactional is not None
+        if self.concurrency > 1 and in_order:
+            raise ValueError(
+                "whole transactions, and what is recorded in the order of the stream, come one"
+                " after another: no concurrency above 1"
+                + (", take batches instead" if self.transactional is not None else "")
+            )
+        return self
+
+    def options(self, model: RowModel[Any] | None) -> HandlerOptions:
+        """Return what the handler is made with."""
+        secret = self.transactional
+        return HandlerOptions(
+            batch=self.batch or 0,
+            linger_seconds=0.05 if self.linger_seconds is None else self.linger_seconds,
+            transactions=self.transactions,
+            max_transaction_changes=self.max_transaction_changes or MAX_TRANSACTION_CHANGES,
+            concurrency=self.concurrency,
+            key=self.key,
+            visible=self.visible,
+            transactional=None if secret is None else secret.get_secret_value(),
+            model=model,
         )
 
 
@@ -180,6 +297,7 @@ class RouteConfig(RouteSpec):
     """A route of the file: it goes to a sink by name."""
 
     to: str
+    name: str | None = Field(None, min_length=1)
 
 
 class StdoutSinkConfig(_Section):
@@ -198,13 +316,35 @@ class FileSinkConfig(_Section):
 SinkConfig = Annotated[StdoutSinkConfig | FileSinkConfig, Field(discriminator="type")]
 
 
-class HandlersConfig(_Section):
-    """The handlers, and how often one that raises is tried again."""
+class DeadLettersConfig(_Section):
+    """Where the changes are kept that their destinations did not take.
 
-    app: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
-    attempts: int = Field(5, ge=1)
-    backoff_seconds: Seconds = 0.2
-    max_backoff_seconds: Seconds = 30.0
+    ``path`` is for ``sqlite``, ``dsn`` and ``schema`` for ``postgres``; without a ``dsn`` it is the
+    database that is streamed from.
+    """
+
+    store: Literal["sqlite", "postgres"] = "sqlite"
+    path: Path = Path("walstream-dead-letters.sqlite3")
+    dsn: SecretStr | None = None
+    dsn_file: Path | None = None
+    schema_name: str = Field("walstream", alias="schema", min_length=1, max_length=63)
+    max_letters: int = Field(100_000, ge=1)
+    max_bytes: int = Field(1 << 30, ge=1)
+
+    @field_validator("dsn")
+    @classmethod
+    def _readable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            postgres.check_dsn(value.get_secret_value())
+        return value
+
+    def own_dsn(self) -> str | None:
+        """Return the connection string, if one is given.
+
+        Raises:
+            ConfigError: ``dsn_file`` cannot be read.
+        """
+        return _secret("dead_letters.dsn", self.dsn, self.dsn_file)
 
 
 class MaskingConfig(_Section):
@@ -224,14 +364,20 @@ class MaskingConfig(_Section):
 
 
 class StreamConfig(_Section):
-    """How long things may take.
+    """How long things may take, and how much may be in flight.
 
-    ``drain_seconds`` bounds what a stop waits for; after ``release_after_seconds`` without progress
-    of a handler the slot is given up. Reconnecting starts at ``reconnect_seconds`` and doubles to
+    ``drain_seconds`` bounds what a stop waits for. A call that lasts longer than
+    ``stuck_after_seconds`` is logged with where it stands; after ``release_after_seconds`` the slot
+    is given up. Reconnecting starts at ``reconnect_seconds`` and doubles to
     ``max_reconnect_seconds``; after a shutdown of the server it waits ``after_shutdown_seconds``.
+    Reading pauses while more changes, or more bytes of their records, are in flight than
+    ``max_in_flight_changes`` and ``max_in_flight_bytes``.
     """
 
     drain_seconds: Seconds = 10.0
+    stuck_after_seconds: Seconds = 60.0
+    max_in_flight_changes: int = Field(10_000, ge=1)
+    max_in_flight_bytes: int = Field(64 << 20, ge=1)
     release_after_seconds: Seconds = 300.0
     reconnect_seconds: Seconds = 0.5
     max_reconnect_seconds: Seconds = 30.0
@@ -266,6 +412,7 @@ class Config(BaseSettings):
     routes: list[RouteConfig] = []
     sinks: dict[str, SinkConfig] = {}
     handlers: HandlersConfig = HandlersConfig()
+    dead_letters: DeadLettersConfig = DeadLettersConfig()
     masking: MaskingConfig = MaskingConfig()
     stream: StreamConfig = StreamConfig()
     log: LogConfig = LogConfig()
@@ -378,7 +525,7 @@ def _dangling(content: Mapping[str, Any]) -> list[str]:
 
 
 _SECRETS: Final = {"dsn", "replication_dsn", "key"}
-_SECRET_SECTIONS: Final = {"postgres", "masking"}
+_SECRET_SECTIONS: Final = {"postgres", "masking", "transactional"}
 """In the place of a whole section, or of a file's name, the secret itself may have been put."""
 
 _ALLOWED: Final = {
@@ -472,7 +619,7 @@ def _keys(location: tuple[int | str, ...]) -> list[str]:
             return ["type", "path"]
         case (str(section),):
             model = Config.model_fields[section].annotation
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _secret(key: str, value: SecretStr | None, file: Path | None) -> str | None:

@@ -18,12 +18,22 @@ import structlog
 from walstream.acknowledger import Acknowledger
 from walstream.backoff import Backoff
 from walstream.binding import Binding
-from walstream.catalog import Catalog
-from walstream.config import Config, FileSinkConfig, RouteSpec, SinkConfig, StdoutSinkConfig
+from walstream.catalog import Catalog, Server
+from walstream.config import (
+    Config,
+    FileSinkConfig,
+    MessageSpec,
+    RouteSpec,
+    SinkConfig,
+    StdoutSinkConfig,
+)
 from walstream.connection import ReplicationConnection
+from walstream.dead_letters import make_store
 from walstream.decoder import START_OPTIONS, Decoder
-from walstream.delivery import Delivery, Handler, RetryPolicy, Sink
+from walstream.delivery import Delivery, Limits
+from walstream.destinations import Destination, Handler, Sink
 from walstream.errors import (
+    ConfigError,
     ConnectionLost,
     PluginTooOld,
     ServerShutdown,
@@ -34,14 +44,19 @@ from walstream.errors import (
     WalstreamError,
 )
 from walstream.lsn import ZERO, Lsn
+from walstream.outlets import Held
+from walstream.parking import Parking
+from walstream.policy import OnFailure
 from walstream.postgres import python_encoding
 from walstream.preflight import verify_routes, verify_server
-from walstream.pushdown import TABLES_OPTION, server_side_filter
-from walstream.router import Router
+from walstream.pushdown import PushedDown, push_down
+from walstream.recording import Recorder, RecordingBinding
+from walstream.router import MessageRoute, Route, Router
 from walstream.sinks.file import FileSink
 from walstream.sinks.stdout import StdoutSink
 from walstream.slots import create_slot, usable_slot
 from walstream.stream import STATUS_INTERVAL_SECONDS, Counts, LostChanges, Session
+from walstream.transactional import TransactionalTarget
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
 
@@ -55,6 +70,22 @@ class RouteSummary(msgspec.Struct, frozen=True):
     absent: int
 
 
+class DestinationSummary(msgspec.Struct, frozen=True):
+    """What became of the changes that were handed to one handler or sink.
+
+    ``delivered`` were taken, ``skipped`` given up, ``dead_lettered`` and ``parked`` are in the
+    dead-letter store, ``redelivered`` were recognised as done before by a transactional handler.
+    """
+
+    name: str
+    delivered: int
+    retries: int
+    skipped: int
+    dead_lettered: int
+    parked: int
+    redelivered: int
+
+
 class Summary(msgspec.Struct, frozen=True):
     """What a run has done."""
 
@@ -66,6 +97,7 @@ class Summary(msgspec.Struct, frozen=True):
     lost: int
     flush_lsn: Lsn
     routes: tuple[RouteSummary, ...]
+    destinations: tuple[DestinationSummary, ...]
 
 
 class Daemon:
@@ -74,12 +106,13 @@ class Daemon:
     def __init__(
         self,
         config: Config,
-        handlers: Sequence[tuple[RouteSpec, Handler]] = (),
+        handlers: Sequence[tuple[RouteSpec | MessageSpec, Handler]] = (),
         *,
         sinks: Sequence[tuple[RouteSpec, Sink]] = (),
         temporary_slot: bool = False,
         reconnect: bool = True,
         until: str | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Build everything that needs no connection.
 
@@ -90,6 +123,7 @@ class Daemon:
             temporary_slot: stream from now on through a slot that ends with the connection.
             reconnect: whether to wait out what is `Unavailable`.
             until: an LSN, or ``now``.
+            recorder: writes down what comes.
 
         Raises:
             UsageError: ``until`` is neither, or nothing is routed anywhere.
@@ -100,32 +134,35 @@ class Daemon:
         self._until = None if until is None or self._until_now else _parse_until(until)
         self._temporary_slot = temporary_slot
         self._reconnect = reconnect
-        masking_key = config.masking.secret()
+        self._recorder = recorder
         self._sinks = [_sink(name, sink) for name, sink in config.sinks.items()]
         self._sinks += [sink for _, sink in sinks]
-        by_name = {sink.name: sink for sink in self._sinks}
-        routes = [spec.route(handler.name, handler, masking_key) for spec, handler in handlers]
-        routes += [spec.route(sink.name, sink, masking_key) for spec, sink in sinks]
-        routes += [
-            spec.route(f"routes[{index}]", by_name[spec.to], masking_key)
-            for index, spec in enumerate(config.routes)
-        ]
-        if not routes:
-            raise UsageError(
-                "nothing is routed anywhere",
-                hint="attach a handler (walstream run module:name) or write a [[routes]] into the"
-                " configuration file",
-            )
-        self.router = Router(routes)
+        self.router = Router(
+            self._routes(handlers, sinks),
+            [
+                spec.route(handler.name, handler, config.handlers)
+                for spec, handler in handlers
+                if isinstance(spec, MessageSpec)
+            ],
+        )
+        _verify_names(_all_routes(self.router))
         self._catalog = Catalog(
             config.postgres.catalog_dsn(),
             application_name=f"{config.postgres.application_name} catalog"[:63],
         )
+        self._parking = _parking(config, self.router)
+        self._targets = _targets(config, [handler for _, handler in handlers])
         self._delivery = Delivery(
-            RetryPolicy(
-                config.handlers.attempts,
-                Backoff(config.handlers.backoff_seconds, config.handlers.max_backoff_seconds),
+            dict.fromkeys(route.destination for route in _all_routes(self.router)),
+            Limits(
+                config.stream.max_in_flight_changes,
+                config.stream.max_in_flight_bytes,
+                config.stream.stuck_after_seconds,
+                config.stream.drain_seconds,
             ),
+            parking=self._parking,
+            targets=self._targets,
+            wait_until_visible=self._catalog.wait_until_visible,
             show_error_messages=config.log.error_messages,
         )
         self._lost = LostChanges(self.router.covers)
@@ -146,6 +183,31 @@ class Daemon:
         elif self._attempt is not None:
             self._attempt.cancel()  # still connecting: there is nothing to finish
 
+    def crash(self) -> None:
+        """End as a killed process would: nothing more is confirmed, `run` is cancelled.
+
+        For tests that prove what comes again.
+        """
+        if self._session is not None:
+            self._session.abort()
+        if self._attempt is not None:
+            self._attempt.cancel()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it streams, and no handler is stuck."""
+        return self._session is not None and not self._delivery.is_stuck
+
+    @property
+    def held(self) -> Held | None:
+        """The handler's call that lasts longest, if there is one."""
+        return self._delivery.held
+
+    @property
+    def flush_lsn(self) -> Lsn:
+        """Up to where all is taken."""
+        return self._acknowledger.flush_lsn
+
     @property
     def is_busy(self) -> bool:
         """Whether a handler's function still runs although `run` has returned."""
@@ -165,6 +227,10 @@ class Daemon:
                 RouteSummary(route.name, counts.matched, counts.filtered, counts.absent)
                 for route, counts in zip(self.router.routes, self.router.counts, strict=True)
             ),
+            destinations=tuple(
+                DestinationSummary(name, *msgspec.structs.astuple(counts))
+                for name, counts in self._delivery.counts.items()
+            ),
         )
 
     async def run(self) -> Summary:
@@ -176,11 +242,42 @@ class Daemon:
         async with AsyncExitStack() as opened:
             opened.callback(self._delivery.close)
             opened.push_async_callback(self._catalog.close)
+            for target in self._targets.values():
+                opened.push_async_callback(target.close)
+            if self._parking is not None:
+                opened.push_async_callback(self._parking.close)
+                await self._parking.open()
             for sink in self._sinks:
                 await sink.open()
                 opened.push_async_callback(sink.close)
             await self._keep_streaming()
         return self.summary()
+
+    def _routes(
+        self,
+        handlers: Sequence[tuple[RouteSpec | MessageSpec, Handler]],
+        sinks: Sequence[tuple[RouteSpec, Sink]],
+    ) -> list[Route]:
+        config = self._config
+        masking_key, defaults = config.masking.secret(), config.handlers
+        by_name = {sink.name: sink for sink in self._sinks}
+        routes = [
+            spec.route(handler.name, handler, masking_key, defaults)
+            for spec, handler in handlers
+            if isinstance(spec, RouteSpec)
+        ]
+        routes += [spec.route(sink.name, sink, masking_key, defaults) for spec, sink in sinks]
+        routes += [
+            spec.route(spec.name or f"routes[{index}]", by_name[spec.to], masking_key, defaults)
+            for index, spec in enumerate(config.routes)
+        ]
+        if not routes and not handlers:
+            raise UsageError(
+                "nothing is routed anywhere",
+                hint="attach a handler (walstream run module:name) or write a [[routes]] into the"
+                " configuration file",
+            )
+        return routes
 
     async def _keep_streaming(self) -> None:
         failures = 0
@@ -241,24 +338,21 @@ class Daemon:
             application_name=config.postgres.application_name,
             on_notice=self._lost.notice,
         ) as connection:
-            await self._recognise(connection)
+            systemid = await self._recognise(connection)
             pushed_down = await self._pushed_down()
             await self._catalog.partitions_changed()
-            confirmed = await self._start(connection, {**START_OPTIONS, **pushed_down})
+            confirmed = await self._start(connection, {**START_OPTIONS, **pushed_down.options})
+            for target in self._targets.values():
+                await target.open(systemid=systemid, flush_lsn=server.flush_lsn)
             self._acknowledger = Acknowledger(confirmed)
             self._delivery.attach(self._acknowledger)
-            binding = Binding(
-                self._catalog,
-                Decoder(encoding=python_encoding(server.encoding)),
-                self.router,
-                follow_partitions=TABLES_OPTION not in pushed_down,
-            )
+            binding = self._binding(server, pushed_down)
             self._sessions += 1
             log.info(
                 "streaming",
                 slot=config.slot.name,
                 confirmed_flush_lsn=str(confirmed),
-                routes=len(self.router.routes),
+                routes=len(self.router.routes) + len(self.router.message_routes),
             )
             self._session = Session(
                 connection,
@@ -280,6 +374,19 @@ class Daemon:
             finally:
                 self._session = None
                 log.info("stream_ended", flush_lsn=str(self._acknowledger.flush_lsn))
+
+    def _binding(self, server: Server, pushed_down: PushedDown) -> Binding:
+        decoder = Decoder(encoding=python_encoding(server.encoding))
+        follow = pushed_down.follow_partitions
+        if self._recorder is None:
+            return Binding(self._catalog, decoder, self.router, follow_partitions=follow)
+        return RecordingBinding(
+            self._catalog,
+            decoder,
+            self.router,
+            follow_partitions=follow,
+            recorder=self._recorder,
+        )
 
     async def _slot(self, connection: ReplicationConnection) -> Lsn:
         """Find the slot, or create it when that is wished; return its position."""
@@ -311,8 +418,8 @@ class Daemon:
             )
         return confirmed
 
-    async def _recognise(self, connection: ReplicationConnection) -> None:
-        """Refuse to go on with another cluster than the one that was begun with."""
+    async def _recognise(self, connection: ReplicationConnection) -> str:
+        """Return the cluster's identifier; refuse another one than that which was begun with."""
         systemid = (await connection.identify_system()).systemid
         if self._systemid not in {None, systemid}:
             message = (
@@ -321,11 +428,17 @@ class Daemon:
             )
             raise SlotLost(message, hint="check the dsn; start anew if this is intended")
         self._systemid = systemid
+        return systemid
 
-    async def _pushed_down(self) -> dict[str, str]:
-        return server_side_filter(self.router.routes, await self._catalog.partitioned())
+    async def _pushed_down(self) -> PushedDown:
+        return push_down(
+            self.router.routes,
+            await self._catalog.partitioned(),
+            # What a transactional handler has recorded must mean the same under other routes.
+            everything=bool(self._targets),
+        )
 
-    async def _check_pushed_down(self, pushed_down: dict[str, str]) -> None:
+    async def _check_pushed_down(self, pushed_down: PushedDown) -> None:
         """End the session when a routed table has become a partitioned one.
 
         The server was asked for the table alone and does not send its partitions.
@@ -378,6 +491,60 @@ def _sink(name: str, config: SinkConfig) -> Sink:
             return FileSink(name, config.path)
         case _:
             assert_never(config)
+
+
+def _all_routes(router: Router) -> list[Route | MessageRoute]:
+    return [*router.routes, *router.message_routes]
+
+
+def _verify_names(routes: Sequence[Route | MessageRoute]) -> None:
+    """Refuse routes of one name where something is kept under the name."""
+    names = [route.name for route in routes]
+    problems = [
+        f"{route.name}: {names.count(route.name)} routes have this name, and dead letters and what"
+        " a transactional handler records are kept by it; give each a name of its own"
+        for route in routes
+        if names.count(route.name) > 1 and _keeps_something(route)
+    ]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _keeps_something(route: Route | MessageRoute) -> bool:
+    destination = route.destination
+    is_transactional = (
+        isinstance(destination, Handler) and destination.options.transactional is not None
+    )
+    return is_transactional or route.policy.on_failure is OnFailure.DEAD_LETTER
+
+
+def _parking(config: Config, router: Router) -> Parking | None:
+    """Return where dead letters go, when a route has them."""
+    policies = [route.policy for route in _all_routes(router)]
+    if not any(policy.on_failure is OnFailure.DEAD_LETTER for policy in policies):
+        return None
+    settings = config.dead_letters
+    return Parking(
+        make_store(
+            settings,
+            slot=config.slot.name,
+            dsn=settings.own_dsn() or config.postgres.catalog_dsn(),
+            application_name=f"{config.postgres.application_name} dead letters"[:63],
+        )
+    )
+
+
+def _targets(config: Config, handlers: Sequence[Handler]) -> dict[Destination, TransactionalTarget]:
+    return {
+        handler: TransactionalTarget(
+            handler.options.transactional,
+            slot=config.slot.name,
+            route=handler.name,
+            application_name=config.postgres.application_name,
+        )
+        for handler in handlers
+        if handler.options.transactional is not None
+    }
 
 
 def _parse_until(text: str) -> Lsn:

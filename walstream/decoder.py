@@ -152,6 +152,11 @@ class Decoder:
         self._decode: Any = msgspec.json.Decoder(_Record).decode
 
     @property
+    def encoding(self) -> str | None:
+        """Python's name of the encoding that records come in; None for UTF-8."""
+        return self._encoding
+
+    @property
     def in_transaction(self) -> bool:
         """Whether a BEGIN has come whose COMMIT has not."""
         return self._transaction is not None

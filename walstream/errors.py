@@ -6,6 +6,7 @@
     │   ├── ConfigError             the configuration file or environment
     │   ├── FilterError             a ``where`` that cannot be read or does not fit its table
     │   ├── RelationMissing         a route names a table or column that is not there
+    │   ├── ModelsDrifted           generated models are not those of the tables any more
     │   ├── AccessRefused           authentication, or a right that the role lacks
     │   ├── DatabaseUnfit           version, wal_level, encoding, too few slots or walsenders
     │   ├── PluginMissing           wal2json is not installed on the server
@@ -15,6 +16,7 @@
     │   ├── SlotExists              a slot of that name is there already
     │   ├── SlotUnfit               the slot belongs to another database or output plugin
     │   ├── SlotLost                the slot exists and can never stream again: changes are lost
+    │   ├── ProgressUnfit           what a transactional route has recorded is of another source
     │   └── ServerProgramsMissing   a private cluster was asked for and PostgreSQL is not installed
     ├── Unavailable                 nobody yet: wait and try again                    exit 75
     │   ├── ConnectionLost          the connection was cut or could not be opened
@@ -22,12 +24,18 @@
     │   ├── SlotBusy                another process streams from the slot
     │   ├── SlotExhausted           no free replication slot or walsender at this moment
     │   ├── SlotCreationBlocked     the slot waits for transactions that do not end
+    │   ├── TargetUnavailable       the database that a transactional handler writes to
     │   └── ClusterFailed           the private cluster did not start
     ├── DeliveryError               the author of a handler, the owner of a destination   exit 75
     │   ├── HandlerFailed           a handler raised more often than it is retried
+    │   ├── TransactionBroken       a transactional handler ended its transaction, or left it failed
+    │   ├── RowInvalid              a row does not fit the model of its handler
     │   ├── HandlerStuck            a handler made no progress for so long that the slot is given up
+    │   ├── TransactionTooLarge     a handler of whole transactions gets none of that size
     │   ├── SinkFailed              a sink could not take a change
-    │   └── OutputClosed            the reader of the standard output is gone
+    │   ├── OutputClosed            the reader of the standard output is gone
+    │   ├── DeadLettersFull         no room for another dead letter
+    │   └── DeadLetterStoreFailed   dead letters could not be stored or read
     └── StreamBroken                us, or the output plugin                           exit 70
         ├── ProtocolError           bytes that the replication protocol does not allow
         ├── DecodeError             a record that is not what wal2json documents
@@ -43,6 +51,7 @@ from typing import ClassVar, Final
 
 EX_OK: Final = 0
 EX_USAGE: Final = 64
+EX_DATAERR: Final = 65
 EX_SOFTWARE: Final = 70
 EX_TEMPFAIL: Final = 75
 EX_CONFIG: Final = 78
@@ -91,6 +100,10 @@ class RelationMissing(SetupError):
     """A route names a table or a column that the database does not have."""
 
 
+class ModelsDrifted(SetupError):
+    """A file of generated models is not what the database's tables give any more."""
+
+
 class AccessRefused(SetupError):
     """The server refused the role: authentication failed, or a right is missing."""
 
@@ -127,6 +140,10 @@ class SlotLost(SetupError):
     """The replication slot was invalidated: the WAL that it needs is gone."""
 
 
+class ProgressUnfit(SetupError):
+    """What a transactional route has recorded belongs to another cluster, or to its lost future."""
+
+
 class ServerProgramsMissing(SetupError):
     """PostgreSQL's server programs or wal2json are not installed on this machine."""
 
@@ -161,6 +178,10 @@ class SlotCreationBlocked(Unavailable):
     """A slot cannot be created while transactions run that began before it."""
 
 
+class TargetUnavailable(Unavailable):
+    """The database that a transactional handler writes to cannot be used now."""
+
+
 class DeliveryError(WalstreamError):
     """A change was not taken; the slot stays before its transaction."""
 
@@ -171,8 +192,20 @@ class HandlerFailed(DeliveryError):
     """A handler raised, and raised again at every retry."""
 
 
+class TransactionBroken(DeliveryError):
+    """A transactional handler ended its transaction, or left it failed; it is not tried again."""
+
+
+class RowInvalid(DeliveryError):
+    """A row does not fit the model of its handler. The message names fields, never a value."""
+
+
 class HandlerStuck(DeliveryError):
     """A handler held a change for so long that the slot is given up for another process."""
+
+
+class TransactionTooLarge(DeliveryError):
+    """A handler takes whole transactions, and one is larger than may be held in memory."""
 
 
 class SinkFailed(DeliveryError):
@@ -181,6 +214,14 @@ class SinkFailed(DeliveryError):
 
 class OutputClosed(DeliveryError):
     """Nobody reads the standard output any more, and nobody will."""
+
+
+class DeadLettersFull(DeliveryError):
+    """The dead letters have reached the bound that the configuration sets."""
+
+
+class DeadLetterStoreFailed(DeliveryError):
+    """Dead letters could not be stored or read; what was to be stored is not taken."""
 
 
 class StreamBroken(WalstreamError):

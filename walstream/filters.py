@@ -52,6 +52,7 @@ __all__ = [
     "compile_filter",
     "equality_key",
     "equality_keys",
+    "failing_part",
     "literals",
     "parse",
     "required_equalities",
@@ -155,6 +156,21 @@ def compile_filter(
             raise DecodeError("a value in a filter is not what wal2json writes") from None
 
     return guarded
+
+
+def failing_part(where: Filter, test: Callable[[Filter], Outcome]) -> Filter:
+    """Return the smallest part of a filter by itself enough for its outcome, which is not true.
+
+    An `Or` of which no part is true, and a `Not`, are answered as a whole.
+
+    Args:
+        where: the filter.
+        test: gives the outcome of the filter and of its parts, for one row.
+    """
+    if not isinstance(where, And):
+        return where
+    outcome = test(where)
+    return failing_part(next(part for part in where.parts if test(part) is outcome), test)
 
 
 def equality_keys(

@@ -151,25 +151,14 @@ async def connect(
         Unavailable: the server cannot be reached, or not now.
         SetupError: the server refuses, or libpq does not know what a parameter says.
     """
-    try:
-        check_dsn(dsn)
-    except ValueError as error:
-        raise ConfigError([f"the connection string {error}"]) from None
-    given = conninfo_to_dict(dsn)
-    options: dict[str, Any] = {
-        name: value for name, value in _CONNECT_DEFAULTS.items() if name not in given
-    }
-    options["fallback_application_name"] = application_name
-    options["client_encoding"] = "UTF8"  # psycopg gives bytes for text in SQL_ASCII
-    if replication:
-        options["replication"] = "database"
+    more = {"replication": "database"} if replication else {}
+    conninfo = complete(dsn, application_name=application_name, **more)
     try:
         connection = await AsyncConnection.connect(
-            make_conninfo(dsn, **options), autocommit=True, prepare_threshold=None
+            conninfo, autocommit=True, prepare_threshold=None
         )
-    except (psycopg.Error, UnicodeError) as error:  # UnicodeError: no name of a host
-        # Not from it: its text is not scrubbed.
-        raise _with_hint_at_defaults(connect_error(error, _secrets(given)), given) from None
+    except CONNECT_ERRORS as error:
+        raise not_connected(error, dsn) from None  # its text is not scrubbed
     if not replication:
         return connection
     try:
@@ -181,6 +170,35 @@ async def connect(
         await connection.close()
         raise
     return connection
+
+
+CONNECT_ERRORS: Final = (psycopg.Error, UnicodeError)
+"""What psycopg raises when it cannot connect; UnicodeError for what is no name of a host."""
+
+
+def complete(dsn: str, *, application_name: str, **options: str) -> str:
+    """Return a connection string with what every connection of ours has, unless it says otherwise.
+
+    Raises:
+        ConfigError: libpq cannot read it.
+    """
+    try:
+        check_dsn(dsn)
+    except ValueError as error:
+        raise ConfigError([f"the connection string {error}"]) from None
+    given = conninfo_to_dict(dsn)
+    defaults: dict[str, Any] = {
+        name: value for name, value in _CONNECT_DEFAULTS.items() if name not in given
+    }
+    defaults["fallback_application_name"] = application_name
+    defaults["client_encoding"] = "UTF8"  # psycopg gives bytes for text in SQL_ASCII
+    return make_conninfo(dsn, **defaults, **options)
+
+
+def not_connected(error: Exception, dsn: str) -> WalstreamError:
+    """Say what one of `CONNECT_ERRORS` means, without the secrets of the connection string."""
+    given = conninfo_to_dict(dsn)
+    return _with_hint_at_defaults(connect_error(error, _secrets(given)), given)
 
 
 async def _pin_settings(connection: AsyncConnection[TupleRow]) -> None:

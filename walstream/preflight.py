@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from walstream.catalog import Catalog, Server
 from walstream.changes import Relation
 from walstream.errors import ConfigError, DatabaseUnfit, RelationMissing, SetupError
-from walstream.filters import literals
+from walstream.filters import Literal, literals
 from walstream.postgres import RAISE_WAL_LEVEL
 from walstream.router import Route
+from walstream.values import Types
 
 OLDEST_VERSION: Final = 140_000
 """PostgreSQL 14 is the oldest version that is supported upstream."""
@@ -63,10 +64,37 @@ async def verify_route(catalog: Catalog, route: Route) -> None:
         raise await _missing(catalog, relation)
     columns = {column.name: column.typeoid for column in table.columns}
     await catalog.learn_types(columns.values())
+    await catalog.normalise(checked_literals(route, columns, catalog.types, relation))
+
+
+def checked_literals(
+    route: Route, columns: Mapping[str, int], types: Types, relation: Relation
+) -> list[Literal]:
+    """Check a route against its table's columns; return what the server has to read.
+
+    Args:
+        route: on this one table.
+        columns: the table's, with the OIDs of their types.
+        types: at least those of the columns.
+        relation: the table.
+
+    Raises:
+        RelationMissing: one of the route's columns is not there.
+        FilterError: its filter does not fit its columns' types.
+    """
     if route.projection is not None:
         route.projection.check(columns, relation)
-    if route.where is not None:
-        await catalog.normalise(literals(route.where, columns, catalog.types))
+    _check_changed(route, columns, relation)
+    return [] if route.where is None else literals(route.where, columns, types)
+
+
+def _check_changed(route: Route, columns: Collection[str], relation: Relation) -> None:
+    unknown = [name for name in route.changed if name not in columns]
+    if unknown:
+        raise RelationMissing(
+            f"{relation} has no column {', '.join(map(repr, unknown))}, which is to have changed",
+            hint=f"its columns are {', '.join(columns)}",
+        )
 
 
 async def _missing(catalog: Catalog, relation: Relation) -> RelationMissing:

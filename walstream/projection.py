@@ -101,6 +101,11 @@ class Projection:
         included = self._include is None or name in self._include
         return included and name not in self._exclude
 
+    @property
+    def masks(self) -> Mapping[str, Mask]:
+        """The masks by column, also of columns that are not passed on."""
+        return self._mask
+
     def project(self, change: Change) -> Change:
         """Return the change with the rules applied, or the change itself when none applies."""
         if not self._applies(change):

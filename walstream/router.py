@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from enum import StrEnum
 from operator import itemgetter
 from typing import Any, Final
 
 import msgspec
 
-from walstream.changes import Change, Layout, Operation, Relation, Row
+from walstream.changes import Change, Layout, Message, Operation, Relation, Row
 from walstream.errors import DecodeError
 from walstream.filters import (
     ABSENT,
@@ -28,6 +29,7 @@ from walstream.filters import (
     compile_filter,
     equality_key,
     equality_keys,
+    failing_part,
     literals,
 )
 from walstream.projection import Projection
@@ -35,6 +37,11 @@ from walstream.projection import Projection
 ALL_OPERATIONS: Final = frozenset(
     {Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE}
 )
+
+# An enum's member is found faster by a name of ours.
+_UPDATE: Final = Operation.UPDATE
+_DELETE: Final = Operation.DELETE
+_TRUNCATE: Final = Operation.TRUNCATE
 
 _PLAIN: Final = re.compile(r'[^".*]+')
 _NAME: Final = re.compile(r'"((?:[^"]|"")+)"|([^".*]+)|(\*)')
@@ -98,6 +105,14 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     ``where`` keeps rows: of an insert and update the new row, of a delete the identity. A truncate
     has no row; a route with a filter gets it only when its operations are named (``explicit``).
     ``leaving`` asks for updates whose old row passes the filter and whose new row does not.
+
+    ``changed`` keeps of the updates those that gave one of these columns another value than it had;
+    other operations pass. What counts is the text that Postgres sent: a numeric that went from 1.0
+    to 1.00 has changed. A value that Postgres left out as unchanged has not. Where the identity
+    does not carry the column, it cannot be known, and the update is dropped as ``absent``: without
+    REPLICA IDENTITY FULL it carries the key's columns alone.
+
+    ``policy`` is what the destination wants done when it fails; the router only carries it.
     """
 
     name: str
@@ -108,20 +123,81 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     where: Filter | None = None
     projection: Projection | None = None
     leaving: bool = False
+    changed: tuple[str, ...] = ()
+    policy: Any = None
 
     def wants(self, relation: Relation, ancestors: Iterable[Relation]) -> bool:
         """Whether the route's table is this one, or one that this one is a partition of."""
         return any(self.pattern.covers(candidate) for candidate in (relation, *ancestors))
+
+    def wants_operation(self, operation: Operation) -> bool:
+        """Whether such changes reach the destination, when they pass."""
+        if operation is Operation.TRUNCATE:
+            return self.wants_truncate()
+        return operation in self.operations
 
     def wants_truncate(self) -> bool:
         """Whether truncates reach the destination."""
         return Operation.TRUNCATE in self.operations and (self.where is None or self.explicit)
 
 
+class Rule(StrEnum):
+    """What decides about a change and a route."""
+
+    KEPT = "kept"
+    TABLE = "table"
+    OPERATION = "operation"
+    TRUNCATE = "truncate"
+    FILTER = "filter"
+    CHANGED = "changed"
+    ABSENT = "absent"
+    PREFIX = "prefix"
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """Why a route keeps or drops a change or a message.
+
+    ``reason`` holds names and the route's own filter, and no row's values. Of a change that is kept
+    ``left_out`` are the columns that the route does not pass on, ``masked`` those that it disguises
+    with what their masks are called, and ``seen`` is what the destination sees.
+    """
+
+    route: str
+    rule: Rule
+    reason: str
+    left_out: tuple[str, ...] = ()
+    masked: Mapping[str, str] = {}
+    seen: Change | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the destination gets the change."""
+        return self.rule is Rule.KEPT
+
+
+class MessageRoute(msgspec.Struct, frozen=True, eq=False):
+    """Which logical messages go to one destination.
+
+    ``prefix`` is the whole prefix, or the beginning of one with a ``*`` behind it.
+    """
+
+    name: str
+    prefix: str
+    destination: Any
+    policy: Any = None
+
+    def wants(self, prefix: str) -> bool:
+        """Whether messages of this prefix go to the destination."""
+        if self.prefix.endswith("*"):
+            return prefix.startswith(self.prefix[:-1])
+        return prefix == self.prefix
+
+
 class RouteCounts(msgspec.Struct):
     """What became of the changes of one route's tables and operations.
 
-    ``absent`` are those dropped because the change did not carry a column of the filter.
+    ``absent`` are those dropped because the change did not carry a column of the filter, or the old
+    value of a column that has to have changed.
     """
 
     matched: int = 0
@@ -136,6 +212,13 @@ class _BoundRoute(msgspec.Struct, frozen=True, eq=False):
     place: int
     condition: Condition | None
     counts: RouteCounts
+
+
+class _Terms(msgspec.Struct, frozen=True, eq=False):
+    """What a layout was bound with, to explain it: the routes that want it, by their places."""
+
+    wanting: dict[int, _BoundRoute]
+    normalised: Mapping[Literal, str]
 
 
 class _Index(msgspec.Struct, frozen=True, eq=False):
@@ -157,17 +240,24 @@ class Router:
     """Finds the routes for each change.
 
     Before a change of a new layout can be routed, its layout must be bound: `literals` says which
-    of the filters' values the server has to read for that, `bind` takes the answers.
+    of the filters' values the server has to read for that, `bind` takes the answers. Messages need
+    no binding.
     """
 
-    def __init__(self, routes: Iterable[Route]) -> None:
+    def __init__(
+        self, routes: Iterable[Route], message_routes: Iterable[MessageRoute] = ()
+    ) -> None:
         self.routes = list(routes)
+        self.message_routes = list(message_routes)
         self.counts = [RouteCounts() for _ in self.routes]
+        self.message_counts = [RouteCounts() for _ in self.message_routes]
         self._bound: dict[Layout, dict[Operation, _Candidates]] = {}
+        self._terms: dict[Layout, _Terms] = {}
 
     def unbind(self) -> None:
         """Forget all layouts: a new stream brings its own."""
         self._bound.clear()
+        self._terms.clear()
 
     def layouts(self) -> list[Layout]:
         """List the layouts that are bound."""
@@ -222,6 +312,7 @@ class Router:
             operation: _candidates(operation, wanting, layout, normalised)
             for operation in Operation
         }
+        self._terms[layout] = _Terms({bound.place: bound for bound in wanting}, normalised)
 
     def route(self, change: Change) -> list[tuple[Route, Change]]:
         """Return the routes that keep a change, in their order, each with what it shall see.
@@ -236,6 +327,43 @@ class Router:
         return [
             (bound.route, kept) for bound in found if (kept := _keep(bound, change)) is not None
         ]
+
+    def explain(self, change: Change) -> list[Explanation]:
+        """Say of every route, in their order, whether `route` keeps a change, and why.
+
+        Nothing is counted.
+
+        Raises:
+            UnknownLabel: as `route`.
+        """
+        terms = self._terms[change.layout]
+        return [
+            _explain(route, terms.wanting.get(place), terms.normalised, change)
+            for place, route in enumerate(self.routes)
+        ]
+
+    def explain_message(self, message: Message) -> list[Explanation]:
+        """Say of every message route, in their order, whether it keeps a message, and why.
+
+        Nothing is counted.
+        """
+        return [
+            Explanation(
+                route.name,
+                Rule.KEPT if route.wants(message.prefix) else Rule.PREFIX,
+                f"is for the prefix {route.prefix}",
+            )
+            for route in self.message_routes
+        ]
+
+    def route_message(self, message: Message) -> list[tuple[MessageRoute, Message]]:
+        """Return the routes that want a message, in their order, each with what it shall see."""
+        routed = []
+        for route, counts in zip(self.message_routes, self.message_counts, strict=True):
+            if route.wants(message.prefix):
+                counts.matched += 1
+                routed.append((route, message))
+        return routed
 
 
 INDEX_FROM: Final = 4
@@ -271,13 +399,12 @@ def _candidates(
     normalised: Mapping[Literal, str],
 ) -> _Candidates:
     """Sort the routes that want an operation into indexes and those to be tried each time."""
+    wanting = [bound for bound in wanting if bound.route.wants_operation(operation)]
     if operation is Operation.TRUNCATE:
-        return _Candidates([bound for bound in wanting if bound.route.wants_truncate()], [])
+        return _Candidates(wanting, [])
     scanned = []
     by_column: defaultdict[str, list[tuple[Any, _BoundRoute]]] = defaultdict(list)
     for bound in wanting:
-        if operation not in bound.route.operations:
-            continue
         required = _required(bound, layout, normalised)
         if required is None:
             scanned.append(bound)
@@ -317,7 +444,7 @@ def _make_index(column: str, keyed: list[tuple[Any, _BoundRoute]], layout: Layou
 def _with_indexed(candidates: _Candidates, change: Change) -> list[_BoundRoute]:
     """Return the routes to be tried: those always tried, and those that the indexes find."""
     found = list(candidates.scanned)
-    tested = change.identity if change.operation is Operation.DELETE else change.row
+    tested = change.identity if change.operation is _DELETE else change.row
     for index in candidates.indexes:
         column = tested.column(index.column)
         if column is None:
@@ -337,17 +464,19 @@ def _keep(bound: _BoundRoute, change: Change) -> Change | None:
     """Return what the route's destination shall see of the change, None for nothing."""
     route = bound.route
     leaving = False
-    if bound.condition is not None and change.operation is not Operation.TRUNCATE:
-        tested = change.identity if change.operation is Operation.DELETE else change.row
+    if bound.condition is not None and change.operation is not _TRUNCATE:
+        tested = change.identity if change.operation is _DELETE else change.row
         outcome = bound.condition(tested)
         if outcome is not True:
             leaving = route.leaving and _leaves(bound.condition, change)
             if not leaving:
-                if outcome is ABSENT:
-                    bound.counts.absent += 1
-                else:
-                    bound.counts.filtered += 1
+                _count_dropped(bound, outcome)
                 return None
+    if route.changed and change.operation is _UPDATE:
+        outcome = _any_changed(route.changed, change)
+        if outcome is not True:
+            _count_dropped(bound, outcome)
+            return None
     bound.counts.matched += 1
     if leaving:
         change = msgspec.structs.replace(change, leaving=True)
@@ -356,8 +485,156 @@ def _keep(bound: _BoundRoute, change: Change) -> Change | None:
 
 def _leaves(condition: Condition, change: Change) -> bool:
     """Whether the old row of an update passes the filter that the new one does not."""
-    return change.operation is Operation.UPDATE and condition(change.identity) is True
+    return change.operation is _UPDATE and condition(change.identity) is True
+
+
+def _count_dropped(bound: _BoundRoute, outcome: Outcome) -> None:
+    if outcome is ABSENT:
+        bound.counts.absent += 1
+    else:
+        bound.counts.filtered += 1
+
+
+def _any_changed(names: Iterable[str], change: Change) -> Outcome:
+    """Whether an update gave one of the columns another value; `ABSENT` when that is not known."""
+    outcome: Outcome = False
+    for name in names:
+        one = _has_changed(name, change)
+        if one is True:
+            return True
+        if one is ABSENT:
+            outcome = ABSENT
+    return outcome
+
+
+def _has_changed(name: str, change: Change) -> Outcome:
+    if name in change.unchanged:
+        return False
+    new, old = change.row.column(name), change.identity.column(name)
+    if new is None or old is None:
+        return ABSENT
+    return new.value != old.value
 
 
 def _place(bound: _BoundRoute) -> int:
     return bound.place
+
+
+def _explain(
+    route: Route, bound: _BoundRoute | None, normalised: Mapping[Literal, str], change: Change
+) -> Explanation:
+    operation = change.operation
+    if bound is None:
+        names = " of ".join(map(str, (change.relation, *change.layout.ancestors)))
+        return Explanation(route.name, Rule.TABLE, f"is for {route.pattern}, not for {names}")
+    if not route.wants_operation(operation):
+        return _unwanted(route, operation)
+    seen = _keep(msgspec.structs.replace(bound, counts=RouteCounts()), change)
+    if seen is not None:
+        return _kept(bound, change, seen)
+    rule, reason = _whether_filtered(bound, normalised, change) or _unchanged(route, change)
+    return Explanation(route.name, rule, reason)
+
+
+def _unwanted(route: Route, operation: Operation) -> Explanation:
+    if operation in route.operations:
+        reason = "has a filter, and a truncate has no row: it comes only when operations are named"
+        return Explanation(route.name, Rule.TRUNCATE, reason)
+    wanted = ", ".join(sorted(route.operations))
+    return Explanation(route.name, Rule.OPERATION, f"is for {wanted}, not for {operation}")
+
+
+def _kept(bound: _BoundRoute, change: Change, seen: Change) -> Explanation:
+    route = bound.route
+    reasons = [f"is for {change.operation} of {route.pattern}"]
+    if seen.leaving:
+        reasons.append(f"the row has left {route.where}")
+    elif route.where is not None and change.operation is not _TRUNCATE:
+        reasons.append(f"{_tested_name(change)} passes {route.where}")
+    if route.changed and change.operation is _UPDATE:
+        changed = [name for name in route.changed if _has_changed(name, change) is True]
+        reasons.append(f"{_and(changed)} changed")
+    names = dict.fromkeys(
+        [column.name for column in change.new_columns or ()]
+        + [column.name for column in change.identity_columns or ()]
+        + [*change.unchanged]
+    )
+    passes = route.projection.passes if route.projection else lambda _: True
+    masks = route.projection.masks if route.projection else {}
+    return Explanation(
+        route=route.name,
+        rule=Rule.KEPT,
+        reason="; ".join(reasons),
+        left_out=tuple(name for name in names if not passes(name)),
+        masked={name: str(masks[name]) for name in names if name in masks and passes(name)},
+        seen=seen,
+    )
+
+
+def _whether_filtered(
+    bound: _BoundRoute, normalised: Mapping[Literal, str], change: Change
+) -> tuple[Rule, str] | None:
+    """Say why the filter drops a change; None when it does not."""
+    route, condition = bound.route, bound.condition
+    if route.where is None or condition is None or change.operation is _TRUNCATE:
+        return None
+    tested = _tested(change)
+    if condition(tested) is True or (route.leaving and _leaves(condition, change)):
+        return None
+    if condition is _never:
+        return Rule.ABSENT, _unfit(route.where, change.layout)
+    rule, reason = _failing(route.where, tested, normalised, change)
+    if route.leaving and change.operation is _UPDATE:
+        is_unknown = condition(change.identity) is ABSENT
+        reason += (
+            "; whether the old row passed is not known" if is_unknown else "; nor did the old row"
+        )
+    return rule, reason
+
+
+def _unfit(where: Filter, layout: Layout) -> str:
+    lacking = sorted(columns(where) - layout.columns.keys())
+    if lacking:
+        return f"the table has no column {_and(lacking)}, which the filter reads"
+    return "the filter does not fit the types of the table's columns"
+
+
+def _failing(
+    where: Filter, tested: Row, normalised: Mapping[Literal, str], change: Change
+) -> tuple[Rule, str]:
+    layout = change.layout
+
+    def test(part: Filter) -> Outcome:
+        return compile_filter(part, layout.columns, layout.types, normalised)(tested)
+
+    part = failing_part(where, test)
+    outcome = test(part)
+    if outcome is ABSENT:
+        absent = sorted(name for name in columns(part) if tested.column(name) is None)
+        return Rule.ABSENT, f"{part}: {_tested_name(change)} does not carry {_and(absent)}"
+    if outcome is None:
+        return Rule.FILTER, f"{part} is unknown for {_tested_name(change)}, because of a null"
+    return Rule.FILTER, f"{part} is false for {_tested_name(change)}"
+
+
+def _unchanged(route: Route, change: Change) -> tuple[Rule, str]:
+    """Say why an update is dropped that gave no column another value, as far as is known."""
+    unknown = [name for name in route.changed if _has_changed(name, change) is ABSENT]
+    same = [name for name in route.changed if name not in unknown]
+    told = f"{_and(same)} did not change" if same else ""
+    if not unknown:
+        return Rule.CHANGED, told
+    reason = f"whether {_and(unknown)} changed is not known: the identity does not carry the old"
+    return Rule.ABSENT, "; ".join(filter(None, [f"{reason} value", told]))
+
+
+def _tested(change: Change) -> Row:
+    return change.identity if change.operation is _DELETE else change.row
+
+
+def _tested_name(change: Change) -> str:
+    return "the identity" if change.operation is _DELETE else "the new row"
+
+
+def _and(names: Iterable[str]) -> str:
+    return " and ".join(map(repr, names))

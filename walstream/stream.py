@@ -4,8 +4,8 @@
         ^                                                                | taken
         +---------- status update <-- flush_lsn <-- acknowledger <-------+
 
-A batch is what one read of the socket brought. It is decoded and routed as a whole, delivered in
-commit order, and only then is the next one read: a slow handler holds up the reading, the socket
+A batch is what one read of the socket brought. It is decoded, routed and handed to the
+destinations, which work by themselves. While too much is in flight nothing is read: the socket
 fills, and the server waits. That is what bounds memory.
 
 Status updates have a clock of their own, so that a slow handler does not cost the connection.
@@ -29,14 +29,16 @@ from walstream.binding import Binding
 from walstream.catalog import Catalog
 from walstream.changes import Begin, Change, Commit, Message, Relation
 from walstream.connection import ReplicationConnection
-from walstream.delivery import Delivery, Handed
+from walstream.delivery import Delivery
 from walstream.errors import (
     ConnectionLost,
     DecodeError,
     HandlerStuck,
     ServerShutdown,
+    Unavailable,
     WalstreamError,
 )
+from walstream.flow import Handed
 from walstream.lsn import ZERO, Lsn
 from walstream.protocol import PrimaryKeepalive, XLogData, parse, record_of, status_update
 from walstream.router import Route, TablePattern
@@ -131,6 +133,8 @@ class Session:
         self._check_routes = check_routes
         self._until = until
         self._reached_until = False
+        self._received_lsn = ZERO
+        self._aborted = False
         self._stopping = False
         self._stopped_because: WalstreamError | None = None
         self._deadline: asyncio.Timeout | None = None
@@ -138,7 +142,7 @@ class Session:
         self._counts = counts
 
     def stop(self, because: WalstreamError | None = None) -> None:
-        """Finish the transaction that is being delivered, confirm what is taken, and end.
+        """Finish the transactions that are being delivered, confirm what is taken, and end.
 
         After ``drain_seconds`` the session ends in any case; what was not taken comes again.
 
@@ -151,7 +155,12 @@ class Session:
         self._stopped_because = because
         if self._deadline is not None:
             self._deadline.reschedule(asyncio.get_running_loop().time() + self._drain_seconds)
+        self._delivery.begin_no_more()
         self._connection.wake()
+
+    def abort(self) -> None:
+        """From now on confirm nothing: whoever cancels `run` then ends it as a crash would."""
+        self._aborted = True
 
     async def run(self) -> None:
         """Stream; return after `stop`, or when ``until`` is acknowledged.
@@ -163,12 +172,12 @@ class Session:
         try:
             async with asyncio.TaskGroup() as group:
                 others = [group.create_task(self._report()), group.create_task(self._watch())]
-                await self._drained()
+                await self._drained(group)
                 for task in others:
                     task.cancel()
         except ExceptionGroup as failures:
             await self._confirm()
-            raise failures.exceptions[0] from None
+            raise _first(failures) from None
         except asyncio.CancelledError:
             with contextlib.suppress(WalstreamError):
                 self._send_status()  # nobody waits for more
@@ -180,11 +189,23 @@ class Session:
             message = "the connection was cut before the server confirmed the last position"
             raise ConnectionLost(message)
 
-    async def _drained(self) -> None:
+    async def _drained(self, group: asyncio.TaskGroup) -> None:
+        """Read until there is a reason to end, and let the destinations finish."""
+        delivering = group.create_task(self._delivery.run())
         try:
             async with asyncio.timeout(None) as self._deadline:
-                await self._pump()
+                try:
+                    await self._pump()
+                except Unavailable:
+                    # What would be taken now cannot be confirmed any more.
+                    await self._finish_calls(delivering)
+                    raise
+                except WalstreamError:
+                    await self._finish(delivering)  # what came before the fault need not come again
+                    raise
+                await self._finish(delivering)
         except TimeoutError:
+            delivering.cancel()
             log.warning(
                 "drain_incomplete",
                 drain_seconds=self._drain_seconds,
@@ -194,30 +215,36 @@ class Session:
         finally:
             self._deadline = None
 
+    async def _finish(self, delivering: asyncio.Task[None]) -> None:
+        self._delivery.finish()
+        await asyncio.wait([delivering])
+
+    async def _finish_calls(self, delivering: asyncio.Task[None]) -> None:
+        """Let calls that have begun return, for some time."""
+        self._delivery.finish(calls_only=True)
+        await asyncio.wait([delivering], timeout=self._drain_seconds)
+
     async def _pump(self) -> None:
         while not self._is_done():
+            if self._delivery.is_full:
+                await self._delivery.wait_for_change()
+                continue
             batch = await self._connection.read()
             handed: list[Handed] = []
             try:
                 reply_requested = await self._receive(batch, handed)
-            except WalstreamError:
-                await self._deliver(handed)  # what came before the fault need not come again
-                raise
-            if not await self._deliver(handed):
-                return
+            finally:  # what came before a fault, too
+                self._delivery.hand(handed)
             if reply_requested:
                 self._send_status()
-
-    async def _deliver(self, handed: list[Handed]) -> bool:
-        return await self._delivery.deliver(handed, stopping=lambda: self._stopping)
 
     def _is_done(self) -> bool:
         if self._reached_until:
             return True
-        if self._until is not None and self._acknowledger.flush_lsn >= self._until:
+        if self._until is not None and self._received_lsn >= self._until:
             return True
         # In the middle of a transaction whose delivery has begun, the rest is waited for.
-        return self._stopping and not self._delivery.is_inside(self._ticket)
+        return self._stopping and not (self._ticket is not None and self._ticket.begun)
 
     async def _receive(self, batch: list[bytes], handed: list[Handed]) -> bool:
         """Decode and route the messages of a batch; return whether the server wants a reply."""
@@ -237,8 +264,8 @@ class Session:
                     routed = self._binding.route(decoded)
                     if routed is None:
                         routed = await self._binding.route_anew(decoded)
-                    self._hand(routed, handed)
-                elif not self._bracket(decoded):
+                    self._hand(routed, handed, len(data))
+                elif not self._bracket(decoded, handed):
                     break
             except DecodeError as error:
                 text = f"{_position(data)}: {error.message}"
@@ -249,17 +276,21 @@ class Session:
         """Take a sign of life; return whether the server wants one of ours."""
         assert isinstance(message, PrimaryKeepalive)  # noqa: S101 - the other kind has a record
         self._acknowledger.keepalive(Lsn(message.wal_end))
+        if self._ticket is None:
+            self._received_lsn = max(self._received_lsn, Lsn(message.wal_end))
         return message.reply_requested
 
-    def _hand(self, routed: list[tuple[Route, Change]], handed: list[Handed]) -> None:
+    def _hand(
+        self, routed: list[tuple[Route, Change]], handed: list[Handed], size_bytes: int
+    ) -> None:
         ticket = self._ticket
         assert ticket is not None  # noqa: S101 - the decoder refuses changes outside of transactions
         if routed:
             self._acknowledger.hand(ticket, len(routed))
-            handed += [(route, projected, ticket) for route, projected in routed]
+            handed += [(route, projected, ticket, size_bytes) for route, projected in routed]
 
-    def _bracket(self, decoded: Begin | Change | Commit | Message) -> bool:
-        """Open and close transactions; return False when ``until`` is reached."""
+    def _bracket(self, decoded: Begin | Change | Commit | Message, handed: list[Handed]) -> bool:
+        """Open and close transactions, route messages; return False when ``until`` is reached."""
         match decoded:
             case Begin(transaction):
                 if self._until is not None and transaction.commit_lsn >= self._until:
@@ -269,11 +300,27 @@ class Session:
             case Commit():
                 assert self._ticket is not None  # noqa: S101 - the decoder refuses such a commit
                 self._acknowledger.close(self._ticket)
+                self._received_lsn = max(self._received_lsn, self._ticket.end_lsn)
                 self._ticket = None
                 self._counts.transactions += 1
             case Message():
                 self._counts.messages += 1
+                self._hand_message(decoded, handed)
         return True
+
+    def _hand_message(self, message: Message, handed: list[Handed]) -> None:
+        routed = self._binding.route_message(message)
+        if not routed:
+            return
+        # One outside of a transaction is one of its own: it comes again until its end is confirmed.
+        ticket = self._ticket
+        if message.transaction is None or ticket is None:
+            ticket = self._acknowledger.open(message.lsn)
+        self._acknowledger.hand(ticket, len(routed))
+        size_bytes = len(message.content)
+        handed += [(route, its_message, ticket, size_bytes) for route, its_message in routed]
+        if ticket is not self._ticket:
+            self._acknowledger.close(ticket)
 
     async def _report(self) -> None:
         """Send status updates on a clock of their own; give the slot up for a stuck handler."""
@@ -286,6 +333,7 @@ class Session:
             if flush_lsn != sent_lsn or now - sent_at >= self._status_interval_seconds:
                 self._send_status()
                 sent_at, sent_lsn = now, flush_lsn
+            self._delivery.watch(now)
             self._refuse_stuck(now)
             await asyncio.sleep(pause)
 
@@ -330,10 +378,14 @@ class Session:
             log.debug("probe_failed", error=error.message)  # the stream itself shows how it is
 
     def _send_status(self) -> None:
+        if self._aborted:
+            return
         self._connection.send(status_update(self._acknowledger.flush_lsn, now=time.time()))
 
     async def _confirm(self) -> bool:
         """Report the last position and let the server read it, if the connection still can."""
+        if self._aborted:
+            return False
         try:
             async with asyncio.timeout(FINISH_SECONDS):
                 self._send_status()
@@ -342,6 +394,12 @@ class Session:
             log.warning("confirm_failed", error=type(error).__name__)
             return False
         return True
+
+
+def _first(failures: ExceptionGroup[Exception]) -> Exception:
+    """Return the first of the errors in a group, however deep."""
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
 def _position(data: bytes) -> str:

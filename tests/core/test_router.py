@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from walstream.changes import Change, Column, Layout, Operation, Relation, Transaction
+from walstream.changes import Change, Column, Layout, Message, Operation, Relation, Transaction
 from walstream.errors import DecodeError
 from walstream.filters import parse
 from walstream.lsn import Lsn
 from walstream.projection import Mask, Projection
-from walstream.router import INDEX_FROM, Route, Router, TablePattern
+from walstream.router import INDEX_FROM, MessageRoute, Route, Router, Rule, TablePattern
 from walstream.values import Types
 
 TYPES = Types(lambda _: lambda text: text.decode())
@@ -247,3 +247,282 @@ def test_an_indexed_value_that_cannot_be_read_is_the_decoders_error() -> None:
     router = bound(*[route(where=f"id=eq.{number}") for number in range(INDEX_FROM)])
     with pytest.raises(DecodeError, match="a value of id"):
         router.route(insert(id="not a number"))
+
+
+# ---- What has to have changed
+
+
+def full(old: dict[str, Any], **new: Any) -> Change:
+    return update({**new, **old}, **new)
+
+
+def test_an_update_passes_when_one_of_the_columns_changed() -> None:
+    router = bound(route(changed=("status",)), route(changed=("id", "status")))
+    assert matches(router, full({"status": "new"}, id=1, status="old")) == [0, 1]
+    assert matches(router, full({"id": 2}, id=1, status="old")) == [1]
+    assert matches(router, full({}, id=1, status="old")) == []
+    assert [counts.filtered for counts in router.counts] == [2, 1]
+    assert [counts.absent for counts in router.counts] == [0, 0]
+
+
+def test_what_counts_as_changed_is_the_text_that_was_sent() -> None:
+    """A numeric's scale is part of it; null is a value like others."""
+    router = bound(route(changed=("status",)))
+    change = update({"id": 1, "status": 1}, id=1, status=1)
+    assert change.new_columns is not None
+    assert isinstance(change.sent_identity, list)
+    change.sent_identity[1] = Column("status", msgspec.Raw(b"1.0"), 1700)
+    change.new_columns[1] = Column("status", msgspec.Raw(b"1.00"), 1700)
+    assert matches(router, change) == [0]
+    assert matches(router, full({"status": None}, id=1, status="")) == [0]
+    assert matches(router, full({"status": None}, id=1, status=None)) == []
+
+
+def test_inserts_deletes_and_truncates_need_not_have_changed_anything() -> None:
+    router = bound(route(changed=("status",)))
+    for change in (insert(id=1, status="x"), delete(id=1), TRUNCATE):
+        assert matches(router, change) == [0]
+
+
+def test_a_column_that_the_identity_does_not_carry_fails_closed_and_is_counted() -> None:
+    """But for a key: Postgres sends it with every update, and it is equal then."""
+    router = bound(route(changed=("status",)), route(changed=("status", "id")))
+    assert matches(router, update({"id": 1}, id=1, status="new")) == []
+    assert [counts.absent for counts in router.counts] == [1, 1]
+    assert matches(router, update({"id": 2}, id=1, status="new")) == [1]
+    router = bound(route(changed=("id",)))
+    assert matches(router, update({"id": 1}, id=1, status="new")) == []
+    assert router.counts[0].filtered == 1
+
+
+def test_a_column_that_the_table_does_not_have_cannot_be_known() -> None:
+    router = bound(route("*.*", changed=("ghost",)))
+    assert matches(router, full({"id": 2}, id=1)) == []
+    assert router.counts[0].absent == 1
+
+
+def test_an_unchanged_toasted_value_has_not_changed() -> None:
+    router = bound(route(changed=("status",)))
+    change = msgspec.structs.replace(update({"id": 1}, id=1), unchanged=("status",))
+    assert matches(router, change) == []
+    assert router.counts[0].filtered == 1
+
+
+def test_changed_and_where_must_both_hold() -> None:
+    router = bound(route(where="status=eq.new", changed=("id",)))
+    assert matches(router, full({"id": 2}, id=1, status="new")) == [0]
+    assert matches(router, full({"id": 2}, id=1, status="old")) == []
+    assert matches(router, full({}, id=1, status="new")) == []
+    assert router.counts[0].filtered == 2
+
+
+def test_an_update_that_leaves_the_filter_must_have_changed_too() -> None:
+    router = bound(
+        route(where="status=eq.new", leaving=True, changed=("id",)),
+        route(where="status=eq.new", leaving=True, changed=("status",)),
+    )
+    ((found, change),) = router.route(full({"status": "new"}, id=1, status="old"))
+    assert found is router.routes[1]
+    assert change.leaving
+
+
+# ---- Messages
+
+
+@pytest.mark.parametrize(
+    ("wanted", "prefix", "is_wanted"),
+    [
+        ("jobs", "jobs", True),
+        ("jobs", "jobs.mail", False),
+        ("jobs.*", "jobs.mail", True),
+        ("jobs.*", "jobs", False),
+        ("*", "", True),
+        ("jo*bs", "jobs", False),
+        ("jo*bs", "jo*bs", True),
+    ],
+)
+def test_a_message_goes_to_the_routes_of_its_prefix(
+    wanted: str,
+    prefix: str,
+    is_wanted: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    route = MessageRoute("mine", wanted, None)
+    router = Router([], [MessageRoute("none", "other", None), route])
+    message = Message(prefix, "content", Lsn(1))
+    assert router.route_message(message) == ([(route, message)] if is_wanted else [])
+    assert [counts.matched for counts in router.message_counts] == [0, int(is_wanted)]
+    told = [(one.route, one.rule, one.kept, one.reason) for one in router.explain_message(message)]
+    assert told == [
+        ("none", Rule.PREFIX, False, "is for the prefix other"),
+        ("mine", Rule.KEPT if is_wanted else Rule.PREFIX, is_wanted, f"is for the prefix {wanted}"),
+    ]
+    assert [counts.matched for counts in router.message_counts] == [0, int(is_wanted)]
+
+
+# ---- Explanations
+
+
+def why(one: Route, change: Change, *, to: Layout = LAYOUT) -> tuple[Rule, str]:
+    """Explain one route, and see that it agrees with routing and counts nothing."""
+    router = bound(one, to=to)
+    (explanation,) = router.explain(change)
+    counts = router.counts[0]
+    assert (counts.matched, counts.filtered, counts.absent) == (0, 0, 0)
+    routed = router.route(change)
+    assert explanation.kept == bool(routed)
+    assert (explanation.seen is not None) == explanation.kept
+    if counts.absent:
+        assert explanation.rule is Rule.ABSENT
+    if counts.filtered:
+        assert explanation.rule in (Rule.FILTER, Rule.CHANGED)
+    return explanation.rule, explanation.reason
+
+
+def test_a_route_for_another_table_says_so() -> None:
+    rule, reason = why(route("public.other"), insert(id=1))
+    assert (rule, reason) == (Rule.TABLE, "is for public.other, not for public.orders")
+    part = layout(Relation("public", "part"), ORDERS)
+    assert why(route("x.*"), insert(part, id=1), to=part) == (
+        Rule.TABLE,
+        "is for x.*, not for public.part of public.orders",
+    )
+
+
+def test_a_route_for_other_operations_says_so() -> None:
+    assert why(route("*.*", "update", "delete"), insert(id=1)) == (
+        Rule.OPERATION,
+        "is for delete, update, not for insert",
+    )
+    assert why(route("*.*", "insert"), TRUNCATE)[0] is Rule.OPERATION
+
+
+def test_a_route_with_a_filter_says_why_it_gets_no_truncate() -> None:
+    assert why(route(where="id=eq.1"), TRUNCATE) == (
+        Rule.TRUNCATE,
+        "has a filter, and a truncate has no row: it comes only when operations are named",
+    )
+    assert why(route("*.*", "truncate", where="id=eq.1"), TRUNCATE) == (
+        Rule.KEPT,
+        "is for truncate of *.*",
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "rule", "reason"),
+    [
+        ("status=eq.new", Rule.FILTER, "status=eq.new is false for the new row"),
+        ("id=eq.1,status=eq.new,id=lt.1", Rule.FILTER, "status=eq.new is false for the new row"),
+        ("or(id.gt.5,status.eq.new)", Rule.FILTER, "or(id.gt.5,status.eq.new) is false for"),
+        ("and(id.eq.1,and(id.gt.0,id.gt.1))", Rule.FILTER, "id=gt.1 is false for the new row"),
+        ("not.and(id.eq.1,status.eq.old)", Rule.FILTER, "not.and(id.eq.1,status.eq.old) is false"),
+        ("id=not.eq.1", Rule.FILTER, "id=not.eq.1 is false for the new row"),
+        ("id=eq.1,ghost=eq.1", Rule.ABSENT, "the table has no column 'ghost', which the filter"),
+    ],
+)
+def test_the_smallest_condition_that_fails_is_named(where: str, rule: Rule, reason: str) -> None:
+    found = why(route("*.*", where=where), insert(id=1, status="old"))
+    assert found[0] is rule
+    assert found[1].startswith(reason)
+
+
+def test_a_null_and_a_column_that_is_not_carried_are_told_apart() -> None:
+    """False counts more than absent, absent more than unknown."""
+    assert why(route(where="id=eq.1,status=eq.new"), insert(id=1, status=None)) == (
+        Rule.FILTER,
+        "status=eq.new is unknown for the new row, because of a null",
+    )
+    assert why(route(where="id=eq.1,status=eq.new"), delete(id=1)) == (
+        Rule.ABSENT,
+        "status=eq.new: the identity does not carry 'status'",
+    )
+    assert why(route(where="status=eq.new,id=eq.2"), delete(id=1)) == (
+        Rule.FILTER,
+        "id=eq.2 is false for the identity",
+    )
+    assert why(route(where="id=eq.1,status=eq.new"), delete(id=None))[0] is Rule.ABSENT
+
+
+def test_a_filter_that_does_not_fit_the_types_is_told() -> None:
+    router = Router([route("*.*", where="status=eq.new")])
+    router.bind(LAYOUT, [], {})
+    (explanation,) = router.explain(insert(id=1, status="new"))
+    assert explanation.rule is Rule.ABSENT
+    assert explanation.reason == "the filter does not fit the types of the table's columns"
+
+
+def test_columns_that_did_not_change_are_named() -> None:
+    assert why(route(changed=("status",)), full({}, id=1, status="x")) == (
+        Rule.CHANGED,
+        "'status' did not change",
+    )
+    rule, reason = why(route(changed=("status", "id")), update({"id": 1}, id=1, status="x"))
+    assert rule is Rule.ABSENT
+    first, second = reason.split("; ")
+    assert (
+        first == "whether 'status' changed is not known: the identity does not carry the old value"
+    )
+    assert second == "'id' did not change"
+    assert why(route(changed=("status",)), update({"id": 1}, id=1, status="x"))[0] is Rule.ABSENT
+    assert why(route(where="status=eq.x", changed=("id",)), full({}, id=1, status="x")) == (
+        Rule.CHANGED,
+        "'id' did not change",
+    )
+
+
+def test_what_keeps_a_change_is_told() -> None:
+    one = route("public.*", where="id=gte.1", changed=("id", "status"))
+    assert why(one, full({"id": 2, "status": "y"}, id=1, status="x")) == (
+        Rule.KEPT,
+        "is for update of public.*; the new row passes id=gte.1; 'id' and 'status' changed",
+    )
+    assert why(one, delete(id=1)) == (
+        Rule.KEPT,
+        "is for delete of public.*; the identity passes id=gte.1",
+    )
+    assert why(route(), insert(id=1)) == (Rule.KEPT, "is for insert of public.orders")
+
+
+def test_an_update_that_leaves_is_told() -> None:
+    one = route(where="status=eq.new", leaving=True)
+    assert why(one, full({"status": "new"}, id=1, status="old")) == (
+        Rule.KEPT,
+        "is for update of public.orders; the row has left status=eq.new",
+    )
+    assert why(one, full({"status": "older"}, id=1, status="old")) == (
+        Rule.FILTER,
+        "status=eq.new is false for the new row; nor did the old row",
+    )
+    assert why(one, update({"id": 1}, id=1, status="old")) == (
+        Rule.FILTER,
+        "status=eq.new is false for the new row; whether the old row passed is not known",
+    )
+    assert why(one, delete(status="old")) == (
+        Rule.FILTER,
+        "status=eq.new is false for the identity",
+    )
+    leaves = msgspec.structs.replace(one, changed=("id",))
+    assert why(leaves, full({"status": "new"}, id=1, status="old"))[0] is Rule.CHANGED
+
+
+def test_columns_that_are_left_out_or_masked_are_named() -> None:
+    projection = Projection(
+        include=["id", "status"],
+        exclude=["id"],
+        mask={"status": Mask.parse("keep-last-2"), "id": Mask.parse("null")},
+    )
+    router = bound(route(projection=projection), route())
+    first, second = router.explain(update({"id": 1}, id=1, status="open"))
+    assert (first.left_out, first.masked) == (("id",), {"status": "keep-last-2"})
+    assert first.seen is not None
+    assert dict(first.seen.row) == {"status": "**en"}
+    assert (second.left_out, second.masked) == ((), {})
+    (unchanged, _) = router.explain(
+        msgspec.structs.replace(update({"id": 1}, id=1), unchanged=("status",))
+    )
+    assert unchanged.masked == {"status": "keep-last-2"}
+
+
+def test_indexed_routes_are_explained_too() -> None:
+    router = bound(*[route(where=f"id=eq.{number}") for number in range(INDEX_FROM)])
+    assert [one.kept for one in router.explain(insert(id=2))] == [False, False, True, False]
+    assert [one.rule for one in router.explain(delete(status="x"))] == [Rule.ABSENT] * INDEX_FROM

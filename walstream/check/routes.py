@@ -157,8 +157,33 @@ def _concerns(table: Table, route: Route, masked: frozenset[str]) -> Iterator[_C
             text = f"has no {_listed(unknown)}: the filter never matches"
             yield _Concern(Status.WARNING, text)
             return
+    yield from _unchanging(table, route)
     if table.replica_identity != "f":
         yield from _partial_identity(table, route, masked)
+
+
+def _unchanging(table: Table, route: Route) -> Iterator[_Concern]:
+    """Look for columns that have to have changed, and of which that cannot be known."""
+    if not route.changed or Operation.UPDATE not in route.operations:
+        return
+    changed = frozenset(route.changed)
+    unknown = changed - {column.name for column in table.columns}
+    if unknown:
+        text = f"has no {_listed(unknown)}, which is to have changed"
+        yield _Concern(Status.WARNING, text)
+    carried = frozenset(table.identity)
+    hidden = changed - unknown - carried
+    if not hidden or not carried:  # without any identity there are no updates at all
+        return
+    text = (
+        f"of the old row an update carries only {_listed(carried)}, so that nobody knows whether"
+        f" {_listed(hidden)} changed: "
+    )
+    if changed & carried:
+        text += f"updates that change nothing but {_listed(hidden)} are dropped"
+        yield _Concern(Status.WARNING, text, _FULL)
+    else:
+        yield _Concern(Status.PROBLEM, text + "no update passes", _FULL)
 
 
 def _partial_identity(table: Table, route: Route, masked: frozenset[str]) -> Iterator[_Concern]:

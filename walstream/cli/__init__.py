@@ -1,7 +1,8 @@
 """The command line.
 
 The standard output carries data only; logs and errors go to stderr. Exit codes follow sysexits.h:
-0 clean, 64 usage, 70 our bug, 75 try again, 78 configuration or database set-up.
+0 clean, 64 usage, 65 other results than expected, 70 our bug, 75 try again, 78 configuration or
+database set-up.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from walstream.cli import checking, demo, slot, streaming
+from walstream.cli import (
+    checking,
+    dead_letters,
+    demo,
+    explaining,
+    models,
+    slot,
+    streaming,
+    trying,
+)
 from walstream.cli.reporting import report, report_bug
 from walstream.errors import EX_OK, EX_SOFTWARE, EX_USAGE, UsageError, WalstreamError
 
@@ -22,8 +32,8 @@ INTERRUPTED: Final = 130
 app = typer.Typer(
     name="walstream",
     help="Every committed change of a PostgreSQL database, delivered to your code.",
-    epilog="Exit codes: 0 clean, 64 usage, 70 a bug, 75 try again, 78 configuration or database"
-    " set-up.",
+    epilog="Exit codes: 0 clean, 64 usage, 65 other results than expected, 70 a bug, 75 try"
+    " again, 78 configuration or database set-up.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -32,8 +42,12 @@ app = typer.Typer(
 app.command("run")(streaming.run)
 app.command("tail")(streaming.tail)
 app.command("check")(checking.check)
+app.command("explain")(explaining.explain)
+app.command("test")(trying.try_recording)
 app.command("demo")(demo.demo)
 app.add_typer(slot.app, name="slot")
+app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(models.app, name="models")
 
 
 @app.callback(invoke_without_command=True)

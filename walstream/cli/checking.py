@@ -68,7 +68,9 @@ def check(
 
 def _routes(settings: Config, app: str | None) -> list[tuple[str, RouteSpec]]:
     handlers = load_app(app).handlers if app else []
-    routes: list[tuple[str, RouteSpec]] = [(handler.name, spec) for spec, handler in handlers]
+    routes: list[tuple[str, RouteSpec]] = [
+        (handler.name, spec) for spec, handler in handlers if isinstance(spec, RouteSpec)
+    ]
     return routes + [(f"routes[{place}]", spec) for place, spec in enumerate(settings.routes)]
 
 

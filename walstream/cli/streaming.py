@@ -9,8 +9,9 @@ import secrets
 import signal
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import structlog
 import typer
@@ -21,8 +22,10 @@ from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_env
 from walstream.cli.reporting import report
 from walstream.config import RouteSpec
 from walstream.daemon import Daemon, Summary
-from walstream.delivery import Sink
+from walstream.destinations import Sink
 from walstream.errors import EX_OK, ConfigError, OutputClosed, UsageError, WalstreamError
+from walstream.recording import Recorder
+from walstream.sinks.limited import LimitedSink, NullSink
 from walstream.sinks.stdout import StdoutSink
 from walstream.sinks.terminal import TerminalSink
 
@@ -73,7 +76,7 @@ def run(
     leave(daemon)
 
 
-def tail(
+def tail(  # noqa: PLR0913 - the options of a command
     tables: Annotated[
         list[str] | None,
         typer.Argument(metavar="TABLE", help="schema.table, * for either part; all without."),
@@ -93,11 +96,26 @@ def tail(
         str | None, typer.Option(metavar="FILTER", help="Such as status=eq.active,amount=gte.10.")
     ] = None,
     *,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="End after so many changes.")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a recording for walstream test and walstream explain, and show nothing"
+            " (unless --json is given). IT HOLDS WHOLE ROWS, UNMASKED, whatever the configuration"
+            " masks, and also those that --where and --operation do not show.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON lines, also on a terminal.")] = False,
 ) -> None:
     """Watch changes live, from now on, through a temporary slot that ends with the command.
 
     On a terminal the changes are laid out for people, in a pipe they are JSON lines.
+
+    A recording ends with a whole transaction; with [bold]--limit[/] it is the one in which there
+    are so many changes. Nobody else may read its file.
     """
     settings = load_config(config, dsn)
     logs.configure("warning" if settings.log.level == "info" else settings.log.level)
@@ -110,8 +128,9 @@ def tail(
             "sinks": {},
         }
     )
-    pretty = sys.stdout.isatty() and not json
-    sink: Sink = TerminalSink("tail") if pretty else StdoutSink("tail")
+    sink = _tail_sink(is_recording=record is not None, json=json)
+    if limit is not None and record is None:
+        sink = LimitedSink(sink, limit)
     try:
         specs = [
             RouteSpec.declared("tail", table=table, operations=operation or None, where=where)
@@ -119,16 +138,35 @@ def tail(
         ]
     except ConfigError as error:
         raise UsageError(error.message) from None
-    daemon = Daemon(
-        settings,
-        sinks=[(spec, sink) for spec in specs],
-        temporary_slot=True,
-        reconnect=False,
-    )
-    try:
-        run_daemon(daemon)
-    except OutputClosed:  # the reader of the pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with ExitStack() as opened:
+        recorder = None
+        if record is not None:
+            recorder = opened.enter_context(Recorder(record, limit=limit))
+        more: dict[str, Any] = {} if recorder is None else {"recorder": recorder}
+        daemon = Daemon(
+            settings,
+            sinks=[(spec, sink) for spec in specs],
+            temporary_slot=True,
+            reconnect=False,
+            **more,
+        )
+        for one in (recorder, sink):
+            if isinstance(one, Recorder | LimitedSink):
+                one.on_full = daemon.stop
+        try:
+            run_daemon(daemon)
+        except OutputClosed:  # the reader of the pipe has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if recorder is not None:
+        typer.echo(f"recorded {recorder.changes} changes in {record}", err=True)
+
+
+def _tail_sink(*, is_recording: bool, json: bool) -> Sink:
+    if json:
+        return StdoutSink("tail")
+    if is_recording:
+        return NullSink("tail")
+    return TerminalSink("tail") if sys.stdout.isatty() else StdoutSink("tail")
 
 
 def load_app(path: str) -> Walstream:

@@ -15,7 +15,7 @@ import structlog
 
 from walstream.changes import Change
 from walstream.errors import SinkFailed
-from walstream.sinks.worker import Worker
+from walstream.worker import Worker
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.sinks.file")
 

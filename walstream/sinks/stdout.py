@@ -10,7 +10,7 @@ from typing import Final
 
 from walstream.changes import Change
 from walstream.errors import OutputClosed
-from walstream.sinks.worker import Worker
+from walstream.worker import Worker
 
 
 class StdoutSink:

@@ -1,0 +1,110 @@
+"""How many dead letters there may be, and which of several hold up which."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from walstream.dead_letters.letters import DeadLetter, Identity, Position, parked
+from walstream.errors import DeadLettersFull
+from walstream.keys import WHOLE_TABLE
+
+
+class Room:
+    """Counts letters and bytes against their bounds, without asking the store for every letter.
+
+    What is counted is never less than what is there: of two processes that use a store for a slot
+    only the daemon adds letters. When the count reaches a bound, the store is measured again.
+    """
+
+    def __init__(self, max_letters: int, max_bytes: int) -> None:
+        self._max_letters = max_letters
+        self._max_bytes = max_bytes
+        self._letters: int | None = None
+        self._bytes = 0
+
+    def measured(self, letters: int, size_bytes: int) -> None:
+        """Note what is there."""
+        self._letters, self._bytes = letters, size_bytes
+
+    def take(self, letters: int, size_bytes: int) -> bool:
+        """Count more letters; False when there is no room for them, or nothing was measured yet."""
+        if self._letters is None:
+            return False
+        more = self._letters + letters, self._bytes + size_bytes
+        if more[0] > self._max_letters or more[1] > self._max_bytes:
+            return False
+        self._letters, self._bytes = more
+        return True
+
+    def full(self, letters: int, size_bytes: int) -> DeadLettersFull:
+        """Say that there is no room for so many more."""
+        return DeadLettersFull(
+            f"no room for {letters} more dead letters of {size_bytes} bytes: there are"
+            f" {self._letters} of at most {self._max_letters}, of {self._bytes} bytes of at most"
+            f" {self._max_bytes}",
+            hint="mend what fails, then walstream dead-letters replay, or drop what nobody needs;"
+            " or raise max_letters or max_bytes under [dead_letters]",
+        )
+
+
+def new_letters(letters: Sequence[DeadLetter], here: Collection[Identity]) -> list[DeadLetter]:
+    """Return those to be added: none twice, and rather one that was tried.
+
+    Args:
+        letters: what `DeadLetterStore.add` is given.
+        here: which of them the store has.
+    """
+    new: dict[Identity, DeadLetter] = {}
+    for letter in letters:
+        if letter.identity in here:
+            continue
+        if new.setdefault(letter.identity, letter).parked:
+            new[letter.identity] = letter
+    return list(new.values())
+
+
+def letters_to_park(
+    letters: Sequence[DeadLetter], here: Collection[Identity], held_up: Collection[int]
+) -> tuple[list[DeadLetter], list[bool]]:
+    """Return those to be stored, and what `DeadLetterStore.park` returns.
+
+    Args:
+        letters: what it is given.
+        here: which of them the store has.
+        held_up: the places of those that a letter in the store holds up.
+    """
+    new: dict[Identity, DeadLetter] = {}
+    those_of_this_call = HeldUp()
+    is_here = []
+    for place, letter in enumerate(letters):
+        is_known = letter.identity in here or letter.identity in new
+        if not is_known and (place in held_up or letter in those_of_this_call):
+            new[letter.identity] = parked(letter)
+            those_of_this_call.add(letter)
+            is_known = True
+        is_here.append(is_known)
+    return list(new.values()), is_here
+
+
+class HeldUp:
+    """Tells which letters an earlier one of these holds up."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, str], dict[bytes, Position]] = {}
+
+    def add(self, letter: DeadLetter) -> None:
+        """Let a letter hold up later ones with a conflicting key (`walstream.keys.conflict`)."""
+        position = letter.position
+        for table, values in letter.keys:
+            first = self._first.setdefault((letter.route, table), {})
+            first[values] = min(position, first.get(values, position))
+
+    def __contains__(self, letter: DeadLetter) -> bool:
+        """Whether an earlier one holds it up."""
+        position = letter.position
+        for table, values in letter.keys:
+            first = self._first.get((letter.route, table), {})
+            wanted = first if values == WHOLE_TABLE else first.keys() & {values, WHOLE_TABLE}
+            if any(first[one] < position for one in wanted):
+                return True
+        return False

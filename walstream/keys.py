@@ -1,0 +1,66 @@
+"""Which rows a change is about: what must stay in order when changes are delivered in parallel.
+
+Two changes have to keep their order when their keys conflict. The key of a row is what its primary
+key's columns were sent as; a route can name other columns. A change that moves a row from one key
+to another has both. Where a key cannot be known, the change is about the whole table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeAlias
+
+from walstream.changes import Change, Operation, Row
+
+Key: TypeAlias = tuple[str, bytes]
+"""The table, and a JSON array of the values of the key's columns.
+
+The table is the partitioned one for a partition: a row may move from one partition to another.
+"""
+
+NO_KEY: Final = b"*"
+"""In the place of the values for a table that has no key: its changes all keep their order."""
+
+WHOLE_TABLE: Final = b""
+"""In the place of the values when a change is about all rows, or about which is not known."""
+
+
+def keys_of(change: Change, columns: Sequence[str] | None = None) -> tuple[Key, ...]:
+    """Return the keys of a change: one, or two when an update has changed the key.
+
+    Args:
+        change: as the route sees it: columns that are masked or left out are no key.
+        columns: of which the key consists; None for the primary key.
+    """
+    layout = change.layout
+    table = str(layout.root or layout.relation)
+    if change.operation is Operation.TRUNCATE:
+        return ((table, WHOLE_TABLE),)
+    names = layout.key if columns is None else columns
+    if not names:
+        return ((table, NO_KEY),)
+    if change.new_columns is None:
+        return ((table, _values(change.identity, names)),)
+    new = _values(change.row, names)
+    if change.operation is not Operation.UPDATE or new == WHOLE_TABLE:
+        return ((table, new),)
+    old = _values(change.identity, names)
+    # Without the old values the new ones count: Postgres sends the old primary key when it changes.
+    return ((table, new),) if old in (new, WHOLE_TABLE) else ((table, old), (table, new))
+
+
+def conflict(one: Iterable[Key], other: Iterable[Key]) -> bool:
+    """Whether two changes with these keys have to keep their order."""
+    others = set(other)
+    return any(
+        table == its_table and (values == its_values or WHOLE_TABLE in (values, its_values))
+        for table, values in one
+        for its_table, its_values in others
+    )
+
+
+def _values(row: Row, names: Sequence[str]) -> bytes:
+    columns = [row.column(name) for name in names]
+    if not all(columns):
+        return WHOLE_TABLE
+    return b"[%b]" % b",".join([bytes(column.value) for column in columns if column is not None])

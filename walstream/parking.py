@@ -1,0 +1,130 @@
+"""Changes that a route could not deliver, and those of the same rows that must wait behind them.
+
+The store decides what is parked, in one transaction: another process may be replaying. What is
+remembered here only saves asking it about rows that never had a letter.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from walstream.changes import Change
+from walstream.dead_letters.letters import DeadLetter, payload_of
+from walstream.dead_letters.store import DeadLetterStore
+from walstream.destinations import Item
+from walstream.keys import WHOLE_TABLE, Key
+
+
+class Parking:
+    """The dead-letter store as delivery sees it."""
+
+    def __init__(self, store: DeadLetterStore) -> None:
+        self._store = store
+        self._blocked: defaultdict[str, defaultdict[str, set[bytes]]] = defaultdict(
+            lambda: defaultdict(set)
+        )
+
+    async def open(self) -> None:
+        """Open the store, and learn for which rows it has letters.
+
+        Raises:
+            DeadLetterStoreFailed: it cannot be read.
+        """
+        await self._store.open()
+        for route, key in await self._store.blocked():
+            self._remember(route, [key])
+
+    async def close(self) -> None:
+        """Close the store."""
+        await self._store.close()
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any route may have letters."""
+        return bool(self._blocked)
+
+    def may_block(self, route: str, keys: Iterable[Key]) -> bool:
+        """Whether `park` has to be asked about a change of these keys."""
+        tables = self._blocked.get(route)
+        if tables is None:
+            return False
+        for table, values in keys:
+            known = tables.get(table)
+            if known and (values == WHOLE_TABLE or values in known or WHOLE_TABLE in known):
+                return True
+        return False
+
+    async def park(self, route: str, item: Item, keys: tuple[Key, ...]) -> bool:
+        """Keep a change behind the letters of its rows; False when there are none any more.
+
+        Raises:
+            DeadLettersFull: there is no room for it.
+            DeadLetterStoreFailed: the store cannot take it.
+        """
+        letter = _letter(route, item, keys, parked=True)
+        (is_parked,) = await self._store.park([letter])
+        if is_parked:
+            self._remember(route, keys)
+        elif not any(values == WHOLE_TABLE for _, values in keys):
+            self._forget(route, keys)
+        return is_parked
+
+    async def put_aside(
+        self,
+        route: str,
+        item: Item,
+        keys: tuple[Key, ...],
+        attempts: int,
+        error: str,
+        traceback: str,
+    ) -> None:
+        """Keep a change that was not delivered; it is durable when this returns.
+
+        Raises:
+            DeadLettersFull: there is no room for it.
+            DeadLetterStoreFailed: the store cannot take it.
+        """
+        letter = _letter(
+            route, item, keys, attempts=attempts, error=error, traceback=traceback, parked=False
+        )
+        await self._store.add([letter])
+        self._remember(route, keys)
+
+    def _remember(self, route: str, keys: Iterable[Key]) -> None:
+        for table, values in keys:
+            self._blocked[route][table].add(values)
+
+    def _forget(self, route: str, keys: Iterable[Key]) -> None:
+        """Its rows have no letters now; what is remembered of the whole table stays."""
+        tables = self._blocked[route]
+        for table, values in keys:
+            tables[table].discard(values)
+
+
+def _letter(  # noqa: PLR0913 - the parts of a letter
+    route: str,
+    item: Item,
+    keys: tuple[Key, ...],
+    *,
+    parked: bool,
+    attempts: int = 0,
+    error: str = "",
+    traceback: str = "",
+) -> DeadLetter:
+    now = datetime.now(UTC)
+    return DeadLetter(
+        route=route,
+        change_id=item.id,
+        operation=item.operation if isinstance(item, Change) else None,
+        relation=item.relation if isinstance(item, Change) else None,
+        keys=keys,
+        payload=payload_of(item),
+        attempts=attempts,
+        error=error,
+        traceback=traceback,
+        parked=parked,
+        first_failed_at=None if parked else now,
+        stored_at=now,
+    )

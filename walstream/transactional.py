@@ -1,0 +1,582 @@
+"""Exactly once into PostgreSQL: a handler's work and its position, in one transaction.
+
+A change comes again when walstream or a server crashed before it was confirmed. A transactional
+handler works inside a transaction of the database that it writes to, and the same transaction
+records the change's position in ``walstream.progress``. So both are there, or neither is, and what
+comes again up to the recorded position is recognised and left out.
+
+The position of a change is the pair of its transaction's ``end_lsn`` and its ordinal. One route
+gets its changes in commit order and one at a time, so positions only grow, and one row for each
+slot and route tells everything. Three things hold that up:
+
+- Ordinals count what the server sends. They may not depend on which routes there are, so with a
+  transactional route the server is asked for everything, whatever else could be pushed down to it.
+- A non-transactional message has the position ``(lsn, 0)``. The server reads the WAL in order. It
+  sends a message when it comes to its record, which ends at ``lsn``, and a transaction when it
+  comes to its commit record, which ends at ``end_lsn``. So all these positions come in ascending
+  order, no message falls inside of a transaction, and two records never end at the same place.
+- The names of transactional routes are unique within a slot and stay: a route with a new name
+  knows of nothing that was applied before.
+
+The row is locked while a handler works. Of two processes, such as one that is stuck and its
+successor, the second one waits for the first, sees the position that it recorded, and applies only
+what lies beyond it.
+
+What PostgreSQL promises at COMMIT is what counts: in a database with ``synchronous_commit = off`` a
+crash may take back what was confirmed, and such changes do not come again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Final, TypeAlias
+
+import psycopg
+import structlog
+from psycopg import AsyncConnection, BaseConnection, Connection, sql
+from psycopg.pq import TransactionStatus
+from psycopg.rows import TupleRow, tuple_row
+
+from walstream.changes import Message
+from walstream.destinations import Item
+from walstream.errors import (
+    AccessRefused,
+    ProgressUnfit,
+    TargetUnavailable,
+    TransactionBroken,
+    Unavailable,
+    WalstreamError,
+)
+from walstream.lsn import ZERO, Lsn
+from walstream.postgres import CONNECT_ERRORS, complete, connect, not_connected, server_error
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.transactional")
+
+Position: TypeAlias = tuple[Lsn, int]
+"""Where a change is in the order in which changes come: its ``end_lsn`` and its ordinal there."""
+
+NOTHING: Final[Position] = (ZERO, 0)
+"""Before every change."""
+
+
+def position_of(item: Item) -> Position:
+    """Return the position of a change or message."""
+    if item.transaction is not None:
+        return item.transaction.end_lsn, item.ordinal
+    assert isinstance(item, Message)  # noqa: S101 - every change has a transaction
+    return item.lsn, 0
+
+
+class _HandlersAsyncConnection(AsyncConnection[TupleRow]):
+    """What ``async def`` handlers get: it is not theirs to end the transaction."""
+
+    async def commit(self) -> None:
+        raise _not_yours("commit()")
+
+    async def rollback(self) -> None:
+        raise _not_yours("rollback()")
+
+    async def close(self) -> None:
+        raise _not_yours("close()")
+
+
+class _HandlersConnection(Connection[TupleRow]):
+    """What ``def`` handlers get."""
+
+    def commit(self) -> None:
+        raise _not_yours("commit()")
+
+    def rollback(self) -> None:
+        raise _not_yours("rollback()")
+
+    def close(self) -> None:
+        raise _not_yours("close()")
+
+
+class TransactionalTarget:
+    """The database that one transactional handler writes to.
+
+    Connections are opened when they are needed, and given up when they fail; what was committed is
+    read from the table again. They are in autocommit mode with an explicit transaction, so that
+    ``connection.transaction()`` in a handler is a savepoint. psycopg prepares statements that come
+    often: behind a pooler that cannot follow, a handler sets ``connection.prepare_threshold`` to
+    None. What a handler sets on the connection stays until the connection is renewed.
+    """
+
+    def __init__(self, dsn: str, *, slot: str, route: str, application_name: str) -> None:
+        """Name the database and the row of the table.
+
+        Args:
+            dsn: a connection string.
+            slot: from which the changes come.
+            route: unique among the transactional routes of the slot.
+            application_name: as the database shows it.
+        """
+        self._dsn = dsn
+        self._application_name = application_name
+        self._route = route
+        self._statements = _Statements(slot, route)
+        self._systemid = ""
+        self._recorded = NOTHING  # at least; the table knows better
+        self._connection: _HandlersAsyncConnection | None = None
+        self._thread_connection: _HandlersConnection | None = None
+        self._in_thread = threading.Lock()
+        self._is_closed = False
+
+    async def open(self, *, systemid: str, flush_lsn: Lsn) -> None:
+        """Make sure that the table is there, and that what it has recorded is about this source.
+
+        To be called at the start of each session.
+
+        Args:
+            systemid: of the cluster that the changes come from.
+            flush_lsn: how far its WAL goes, asked for when the slot was already ours: a process
+                that had it before may record what it was sent until then.
+
+        Raises:
+            TargetUnavailable: the database cannot be reached or written to now.
+            AccessRefused: the table is not there and may not be made, or not be written to.
+            ProgressUnfit: what is recorded is of another cluster, or lies beyond its WAL.
+            SetupError: the connection string cannot be used.
+        """
+        self._is_closed = False
+        self._systemid = systemid
+        try:
+            connection = await connect(self._dsn, application_name=self._application_name)
+        except WalstreamError as error:
+            raise self._unreachable(error) from None
+        try:
+            with self._asking():
+                row = await self._prepare(connection)
+        finally:
+            await connection.close()
+        recorded = self._position(row)
+        if recorded[0] > flush_lsn:
+            raise self._beyond(recorded[0], flush_lsn)
+        self._recorded = recorded
+
+    async def run(
+        self, items: Sequence[Item], call: Callable[[list[Item], AsyncConnection], Awaitable[None]]
+    ) -> int:
+        """Apply in one transaction what has not been applied before.
+
+        Args:
+            items: in the order in which they came.
+            call: the handler, for those that are new; it is not called when there is none.
+
+        Returns:
+            How many were left out because they had been applied before.
+
+        Raises:
+            TargetUnavailable: the database cannot be used now, or went away; perhaps in the middle
+                of COMMIT. To be called again with the same items, whatever became of them.
+            TransactionBroken: the handler ended the transaction, or left it failed.
+            ProgressUnfit: the table's row belongs to another cluster by now.
+            SetupError: the database must be changed first.
+            Exception: what the handler raised, or the database at COMMIT; all is rolled back.
+        """
+        items_left = self._beyond_recorded(items)
+        if items_left:
+            connection = self._connection = self._connection or await self._connected()
+            try:
+                items_left = await self._apply(connection, items_left, call)
+            except BaseException as error:
+                await self._roll_back(connection, error)
+                raise
+        return len(items) - len(items_left)
+
+    def run_sync(
+        self, items: Sequence[Item], call: Callable[[list[Item], Connection], None]
+    ) -> int:
+        """As `run`, for a handler that blocks, in its thread."""
+        try:
+            with self._in_thread:
+                return self._run_in_thread(items, call)
+        finally:
+            if self._is_closed:
+                self._close_threads()
+
+    async def close(self) -> None:
+        """Close the connections; that of a function that still runs, when it returns."""
+        self._is_closed = True
+        self._close_threads()
+        if self._connection is not None:
+            self._discard(self._connection)
+
+    def _close_threads(self) -> None:
+        if self._in_thread.acquire(blocking=False):
+            try:
+                if self._thread_connection is not None:
+                    self._discard(self._thread_connection)
+            finally:
+                self._in_thread.release()
+
+    # The table
+
+    async def _prepare(self, connection: AsyncConnection[TupleRow]) -> TupleRow | None:
+        """Make what is missing, and read the row."""
+        there = await connection.execute("SELECT to_regclass('walstream.progress') IS NOT NULL")
+        if await there.fetchone() == (False,):
+            await connection.execute(_CREATE)
+        await connection.execute(self._statements.insert(self._systemid))
+        durability = await (await connection.execute("SHOW synchronous_commit")).fetchone()
+        if durability == ("off",):
+            log.warning("target_not_durable", route=self._route, synchronous_commit="off")
+        return await (await connection.execute(self._statements.read)).fetchone()
+
+    def _position(self, row: TupleRow | None) -> Position:
+        """Read the table's row.
+
+        Raises:
+            ProgressUnfit: it belongs to another cluster.
+        """
+        if row is None:  # somebody wants to begin anew, and has deleted it in this very moment
+            return NOTHING
+        end_lsn, ordinal, systemid = row
+        if systemid != self._systemid:
+            message = (
+                f"walstream.progress has recorded positions of the cluster {systemid} for this slot"
+                f" and the route {self._route}, and the changes come from {self._systemid}"
+            )
+            hint = (
+                "is this the right source? If it is, bring over what is missing, then delete the"
+                f" row: {self._statements.delete}. If two sources write into this database, name"
+                " the slot or the handler of one of them otherwise"
+            )
+            raise ProgressUnfit(message, hint=hint)
+        return Lsn.parse(end_lsn), ordinal
+
+    def _beyond(self, end_lsn: Lsn, flush_lsn: Lsn) -> ProgressUnfit:
+        message = (
+            f"walstream.progress has recorded that the route {self._route} came to {end_lsn}, and"
+            f" the WAL of the cluster ends at {flush_lsn}: changes would be left out wrongly"
+        )
+        hint = (
+            "was the source restored to an earlier time? Then take back in the target what is not"
+            f" there any more, and delete the row: {self._statements.delete}"
+        )
+        return ProgressUnfit(message, hint=hint)
+
+    def _beyond_row(self, row: TupleRow | None, items: Sequence[Item]) -> list[Item]:
+        self._recorded = self._position(row)
+        return self._beyond_recorded(items)
+
+    def _beyond_recorded(self, items: Sequence[Item]) -> list[Item]:
+        recorded = self._recorded
+        return [item for item in items if position_of(item) > recorded]
+
+    # A transaction, in the event loop
+
+    async def _connected(self) -> _HandlersAsyncConnection:
+        with self._connecting():
+            return await _HandlersAsyncConnection.connect(self._conninfo(), autocommit=True)
+
+    async def _apply(
+        self,
+        connection: _HandlersAsyncConnection,
+        items: list[Item],
+        call: Callable[[list[Item], AsyncConnection], Awaitable[None]],
+    ) -> list[Item]:
+        with self._asking():
+            row = await _ask(connection, self._statements.lock)
+            if row is None:  # it was deleted
+                row = await _ask(connection, self._statements.insert_and_lock(self._systemid))
+        items = self._beyond_row(row, items)
+        if not items:
+            with self._asking():
+                await _ask(connection, b"ROLLBACK")
+            return items
+        with self._handling(connection):
+            await call(items, connection)
+        with self._noticing_loss(connection):
+            await _ask(connection, self._statements.record_and_commit(position_of(items[-1])))
+        self._recorded = position_of(items[-1])
+        return items
+
+    async def _roll_back(self, connection: _HandlersAsyncConnection, error: BaseException) -> None:
+        """Leave no transaction behind; give up a connection of which that is not certain."""
+        try:
+            if _can_roll_back(connection, error):
+                with suppress(psycopg.Error):
+                    await _ask(connection, b"ROLLBACK")
+        finally:
+            if not _is_idle(connection):
+                self._discard(connection)
+
+    # The same in a thread
+
+    def _run_in_thread(
+        self, items: Sequence[Item], call: Callable[[list[Item], Connection], None]
+    ) -> int:
+        items_left = self._beyond_recorded(items)
+        if items_left:
+            connection = self._thread_connection = (
+                self._thread_connection or self._connected_in_thread()
+            )
+            try:
+                items_left = self._apply_in_thread(connection, items_left, call)
+            except BaseException as error:
+                self._roll_back_in_thread(connection, error)
+                raise
+        return len(items) - len(items_left)
+
+    def _connected_in_thread(self) -> _HandlersConnection:
+        with self._connecting():
+            return _HandlersConnection.connect(self._conninfo(), autocommit=True)
+
+    def _apply_in_thread(
+        self,
+        connection: _HandlersConnection,
+        items: list[Item],
+        call: Callable[[list[Item], Connection], None],
+    ) -> list[Item]:
+        with self._asking():
+            row = _ask_in_thread(connection, self._statements.lock)
+            if row is None:
+                row = _ask_in_thread(connection, self._statements.insert_and_lock(self._systemid))
+        items = self._beyond_row(row, items)
+        if not items:
+            with self._asking():
+                _ask_in_thread(connection, b"ROLLBACK")
+            return items
+        with self._handling(connection):
+            call(items, connection)
+        with self._noticing_loss(connection):
+            _ask_in_thread(connection, self._statements.record_and_commit(position_of(items[-1])))
+        self._recorded = position_of(items[-1])
+        return items
+
+    def _roll_back_in_thread(self, connection: _HandlersConnection, error: BaseException) -> None:
+        try:
+            if _can_roll_back(connection, error):
+                with suppress(psycopg.Error):
+                    _ask_in_thread(connection, b"ROLLBACK")
+        finally:
+            if not _is_idle(connection):
+                self._discard(connection)
+
+    def _conninfo(self) -> str:
+        return complete(self._dsn, application_name=self._application_name)
+
+    def _discard(self, connection: BaseConnection[TupleRow]) -> None:
+        """Cut a connection; the server rolls back what was not committed."""
+        connection.pgconn.finish()
+        self._recorded = NOTHING  # the next server may have been restored from a backup
+        if connection is self._connection:
+            self._connection = None
+        else:
+            self._thread_connection = None
+
+    # What errors mean
+
+    @contextmanager
+    def _connecting(self) -> Iterator[None]:
+        try:
+            yield
+        except CONNECT_ERRORS as error:
+            raise self._unreachable(not_connected(error, self._dsn)) from None
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Translate the errors of statements that are ours."""
+        try:
+            yield
+        except psycopg.Error as error:
+            raise self._translated(error) from None
+
+    @contextmanager
+    def _noticing_loss(self, connection: BaseConnection[TupleRow]) -> Iterator[None]:
+        """Tell the loss of the connection from errors that are about what the handler did."""
+        try:
+            yield
+        except Exception as error:
+            if connection.broken:
+                raise self._lost(error) from error
+            raise
+
+    @contextmanager
+    def _handling(self, connection: BaseConnection[TupleRow]) -> Iterator[None]:
+        """Look at what a handler leaves behind, whether it returned or raised."""
+        with self._noticing_loss(connection):
+            try:
+                yield
+            except Exception as error:
+                if _is_idle(connection) and not isinstance(error, TransactionBroken):
+                    raise _broken(TransactionStatus.IDLE) from error
+                raise
+        if connection.broken:
+            raise self._lost(None)
+        status = connection.info.transaction_status
+        if status != TransactionStatus.INTRANS:
+            raise _broken(status)
+
+    def _translated(self, error: psycopg.Error) -> WalstreamError:
+        match error.sqlstate:
+            case "42501":
+                return AccessRefused(
+                    f"the route {self._route} may not record how far it has come:"
+                    f" {error.diag.message_primary}",
+                    hint=_GRANT,
+                )
+            case "25006":
+                return self._unavailable(
+                    "it is read-only",
+                    "is it a standby? target_session_attrs=read-write in the connection string"
+                    " finds the primary among several hosts",
+                )
+            case "55P03":
+                return self._unavailable("another process holds the route's row", _OTHER_PROCESS)
+            case "23505" | "40001" | "40P01" | "42P06" | "42P07":
+                return self._unavailable("another process was quicker", "")
+            case _:
+                return self._unreachable(server_error(error))
+
+    def _lost(self, error: Exception | None) -> TargetUnavailable:
+        """Say why the connection is gone. Other errors of a handler may tell of rows."""
+        state = getattr(error, "sqlstate", None) or ""
+        if state in {"25P03", "25P04"}:
+            return self._unavailable("the server ended a transaction that took too long", _TOO_SLOW)
+        if isinstance(error, psycopg.OperationalError) and state[:2] in {"", "08", "57"}:
+            return self._unavailable(server_error(error).message, "")
+        return self._unavailable("the connection was cut", "")
+
+    def _unreachable(self, error: WalstreamError) -> WalstreamError:
+        """Say of which database an error is."""
+        if isinstance(error, Unavailable):
+            return self._unavailable(error.message, error.hint)
+        error.message = f"the database of the transactional route {self._route}: {error.message}"
+        return error
+
+    def _unavailable(self, reason: str, hint: str) -> TargetUnavailable:
+        message = f"the database of the transactional route {self._route}: {reason}"
+        return TargetUnavailable(message, hint=hint)
+
+
+class _Statements:
+    """The statements about one row, as text: several go to the server in one round trip."""
+
+    def __init__(self, slot: str, route: str) -> None:
+        self._slot, self._route = _literal(slot), _literal(route)
+        row = f"slot = {self._slot} AND route = {self._route}"
+        self.delete = f"DELETE FROM walstream.progress WHERE {row}"  # noqa: S608 - quoted literals
+        self.read = (
+            "SELECT end_lsn::text, ordinal, system_identifier"  # noqa: S608
+            f" FROM walstream.progress WHERE {row}"
+        ).encode()
+        self.lock = b"BEGIN; " + self._locking
+        self._end = f", recorded_at = now() WHERE {row}; COMMIT".encode()
+
+    @property
+    def _locking(self) -> bytes:
+        return self.read + b" FOR UPDATE"
+
+    def insert(self, systemid: str) -> bytes:
+        """Make the row, unless it is there: only what is there can be locked."""
+        return (
+            "INSERT INTO walstream.progress (slot, route, system_identifier)"  # noqa: S608
+            f" VALUES ({self._slot}, {self._route}, {_literal(systemid)}) ON CONFLICT DO NOTHING"
+        ).encode()
+
+    def insert_and_lock(self, systemid: str) -> bytes:
+        """Within the transaction that did not find the row."""
+        return self.insert(systemid) + b"; " + self._locking
+
+    def record_and_commit(self, position: Position) -> bytes:
+        """The end of a transaction."""
+        end_lsn, ordinal = position
+        return b"UPDATE walstream.progress SET end_lsn = '%b', ordinal = %d%b" % (
+            str(end_lsn).encode(),
+            ordinal,
+            self._end,
+        )
+
+
+async def _ask(connection: AsyncConnection[TupleRow], statements: bytes) -> TupleRow | None:
+    """Run statements in one round trip; return the first row of the last one."""
+    cursor = connection.cursor(row_factory=tuple_row)  # the handler may have set another one
+    await cursor.execute(statements)
+    while cursor.nextset():
+        pass
+    return await cursor.fetchone() if cursor.description else None
+
+
+def _ask_in_thread(connection: Connection[TupleRow], statements: bytes) -> TupleRow | None:
+    cursor = connection.cursor(row_factory=tuple_row)
+    cursor.execute(statements)
+    while cursor.nextset():
+        pass
+    return cursor.fetchone() if cursor.description else None
+
+
+def _is_idle(connection: BaseConnection[TupleRow]) -> bool:
+    return connection.info.transaction_status == TransactionStatus.IDLE
+
+
+def _can_roll_back(connection: BaseConnection[TupleRow], error: BaseException) -> bool:
+    """Whether the connection is in order; a cancellation may have hit it anywhere."""
+    return isinstance(error, Exception) and connection.info.transaction_status in {
+        TransactionStatus.INTRANS,
+        TransactionStatus.INERROR,
+    }
+
+
+def _literal(text: str) -> str:
+    return sql.Literal(text).as_string()
+
+
+def _not_yours(call: str) -> TransactionBroken:
+    return TransactionBroken(f"a transactional handler called {call}", hint=_LEAVE_IT)
+
+
+def _broken(status: TransactionStatus) -> TransactionBroken:
+    match status:
+        case TransactionStatus.IDLE:
+            message = "a transactional handler ended its transaction: what it did may be committed"
+        case TransactionStatus.INERROR:
+            message = "a transactional handler returned although a statement had failed"
+            return TransactionBroken(message, hint=_SAVEPOINT)
+        case _:
+            message = "a transactional handler returned in the middle of a statement"
+    return TransactionBroken(message, hint=_LEAVE_IT)
+
+
+_LEAVE_IT: Final = (
+    "return to commit and raise to roll back; connection.transaction() is a savepoint; COMMIT and"
+    " ROLLBACK are walstream's, so that the change and its position are recorded together"
+)
+_SAVEPOINT: Final = (
+    "the transaction can only be rolled back: let the error out of the handler, or put the"
+    " statement that may fail into a savepoint, with connection.transaction()"
+)
+_TOO_SLOW: Final = (
+    "idle_in_transaction_session_timeout or transaction_timeout is shorter than the handler takes:"
+    " raise it for this role, or make the handler quicker"
+)
+_OTHER_PROCESS: Final = (
+    "it works on the same slot and route, or is stuck there; the table must be left to walstream"
+)
+
+_COLUMNS: Final = (
+    "slot text, route text, system_identifier text NOT NULL,"
+    " end_lsn pg_lsn NOT NULL DEFAULT '0/0', ordinal bigint NOT NULL DEFAULT 0,"
+    " recorded_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (slot, route)"
+)
+_CREATE: Final = f"""
+DO $$
+BEGIN
+    -- One after another: IF NOT EXISTS does not see what another session has not committed.
+    PERFORM pg_advisory_xact_lock(hashtextextended('walstream.progress', 0));
+    -- Only then, because IF NOT EXISTS asks for the right to create in any case.
+    IF to_regnamespace('walstream') IS NULL THEN
+        CREATE SCHEMA walstream;
+    END IF;
+    CREATE TABLE IF NOT EXISTS walstream.progress ({_COLUMNS});
+END
+$$""".encode()
+_GRANT: Final = (
+    "let the owner of the database run sql/06_progress.sql, or: CREATE SCHEMA IF NOT EXISTS"
+    f" walstream; CREATE TABLE IF NOT EXISTS walstream.progress ({_COLUMNS}); GRANT USAGE ON SCHEMA"
+    " walstream TO <role>; GRANT SELECT, INSERT, UPDATE ON walstream.progress TO <role>"
+)
