@@ -40,6 +40,10 @@ def measure(asked: argparse.Namespace) -> Report:
         for transaction_rows in asked.transaction_rows:
             _say(f"{asked.rows:,} updates, {transaction_rows:,} in a transaction")
             throughput.append(contest.measure(asked.rows, transaction_rows, asked.rounds))
+        kinds = []
+        if not asked.skip_kinds:
+            _say(f"{asked.rows:,} updates for each kind of handler")
+            kinds = contest.kinds(asked.rows, asked.transaction_rows[0], asked.rounds)
         measured_latency = None if asked.skip_latency else _latency(cluster, connection, asked)
         return Report(
             walstream=walstream.__version__,
@@ -51,6 +55,7 @@ def measure(asked: argparse.Namespace) -> Report:
             options=contest.options,
             startup_seconds=startup,
             throughput=throughput,
+            kinds=kinds,
             latency=measured_latency,
         )
 
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring the latency")
     parser.add_argument("--skip-latency", action="store_true", help="measure the throughput only")
+    parser.add_argument("--skip-kinds", action="store_true", help="one kind of handler only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -4,24 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, assert_never
 
 import msgspec
+from pydantic import BaseModel
 
 from bench.processes import cpu_seconds, peak_mib, read_job, write_result
 from bench.workload import FILTER, TABLE
 from walstream import Change, Config, Walstream, logs
 
 
+class Kind(StrEnum):
+    """A kind of handler. Every one touches the same column of each row."""
+
+    ASYNC = "async def"
+    SYNC = "def"
+    BATCH = "async def, batch=500"
+    SYNC_BATCH = "def, batch=500"
+    TRANSACTIONS = "async def, transactions"
+    LANES = "async def, concurrency=8"
+    MODEL = "async def, model="
+    VISIBLE = "async def, visible"
+
+
 class Drain(msgspec.Struct, frozen=True, tag=True):
-    """Take everything up to a position, and end when it is acknowledged."""
+    """Take everything up to a position with one handler, and end when it is acknowledged."""
 
     until: str
+    kind: Kind = Kind.ASYNC
 
 
 class Timing(msgspec.Struct, frozen=True, tag=True):
     """Take so many changes, and write down when the handler gets each."""
 
     changes: int
+
+
+class Posted(BaseModel):
+    """A row of the table that is updated."""
+
+    id: int
+    conversation_id: str
+    author: str
+    content: str
+    status: str
+    amount: Decimal
+    created_at: datetime
+    updated_at: datetime
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -58,20 +90,16 @@ def main() -> None:
     job = read_job(Job)
     config = Config.model_validate({"postgres": {"dsn": job.dsn}, "slot": {"name": job.slot}})
     match job.task:
-        case Drain(until):
-            write_result(asyncio.run(drain(config, until)))
+        case Drain(until, kind):
+            write_result(asyncio.run(drain(config, until, kind)))
         case Timing(changes):
             write_result(asyncio.run(time_arrivals(config, changes)))
 
 
-async def drain(config: Config, until: str) -> Drained:
+async def drain(config: Config, until: str, kind: Kind) -> Drained:
     """Stream to a handler that touches one column of the row."""
     stream = Walstream()
-
-    @stream.on(TABLE, "update", where=FILTER)
-    async def read_content(change: Change) -> None:
-        change.row["content"]
-
+    attach(stream, kind)
     used_before, started = cpu_seconds(), time.monotonic()
     summary = await stream.run(config, until=until)
     return Drained(
@@ -81,6 +109,50 @@ async def drain(config: Config, until: str) -> Drained:
         peak_mib=peak_mib(),
         delivered=summary.delivered,
     )
+
+
+def attach(stream: Walstream, kind: Kind) -> None:
+    """Attach a handler of a kind."""
+
+    async def read(change: Change) -> None:
+        change.row["content"]
+
+    def read_in_thread(change: Change) -> None:
+        change.row["content"]
+
+    async def read_all(changes: list[Change]) -> None:
+        for change in changes:
+            change.row["content"]
+
+    def read_all_in_thread(changes: list[Change]) -> None:
+        for change in changes:
+            change.row["content"]
+
+    async def read_model(change: Change[Posted]) -> None:
+        change.row.content  # noqa: B018 - it is what is measured
+
+    options: dict[str, Any]
+    function: Any
+    match kind:
+        case Kind.ASYNC:
+            function, options = read, {}
+        case Kind.SYNC:
+            function, options = read_in_thread, {}
+        case Kind.BATCH:
+            function, options = read_all, {"batch": 500}
+        case Kind.SYNC_BATCH:
+            function, options = read_all_in_thread, {"batch": 500}
+        case Kind.TRANSACTIONS:
+            function, options = read_all, {"transactions": True}
+        case Kind.LANES:
+            function, options = read, {"concurrency": 8}
+        case Kind.MODEL:
+            function, options = read_model, {"model": Posted}
+        case Kind.VISIBLE:
+            function, options = read, {"visible": True}
+        case _:
+            assert_never(kind)
+    stream.on(TABLE, "update", where=FILTER, **options)(function)
 
 
 async def time_arrivals(config: Config, changes: int) -> Arrivals:

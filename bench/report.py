@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from bench.latency import Latency
-from bench.throughput import Measures, Startup, Throughput
+from bench.throughput import KindMeasures, Measures, Startup, Throughput
 
 
 class Targets(msgspec.Struct, frozen=True):
@@ -16,6 +16,7 @@ class Targets(msgspec.Struct, frozen=True):
 
     ratio: float = 1.3
     cpu_microseconds_per_row: float = 12.0
+    batch_ratio: float = 1.1
     p50_milliseconds: float = 2.0
     p99_milliseconds: float = 10.0
 
@@ -38,6 +39,7 @@ class Report(msgspec.Struct, frozen=True):
     options: dict[str, str]
     startup_seconds: Startup
     throughput: list[Throughput]
+    kinds: list[KindMeasures]
     latency: Latency | None
     targets: Targets = TARGETS
 
@@ -69,6 +71,9 @@ def _lines(report: Report) -> Iterator[str]:
     for throughput in report.throughput:
         yield ""
         yield from _throughput_lines(throughput)
+    if report.kinds:
+        yield ""
+        yield from _kind_lines(report.kinds)
     if report.latency is not None:
         yield ""
         yield from _latency_lines(report.latency)
@@ -103,6 +108,22 @@ def _row(label: str, measures: Measures) -> str:
 
 def _columns(label: str, *cells: str) -> str:
     return (f"{label:10}" + "".join(f"{cell:>12}" for cell in cells)).rstrip()
+
+
+def _kind_lines(kinds: list[KindMeasures]) -> Iterator[str]:
+    yield "kinds of handler over one WAL, medians; the ratio is to one change after another"
+    yield f"{'':26}" + "".join(
+        f"{cell:>12}" for cell in ("rows/s", "ratio", "CPU µs/row", "peak MiB")
+    )
+    for kind in kinds:
+        cells = (
+            f"{kind.rows_per_second:,.0f}",
+            f"{kind.ratio:.2f}",
+            f"{kind.cpu_microseconds_per_row:.1f}",
+            f"{kind.peak_mib:.0f}",
+        )
+        yield f"{kind.kind:26}" + "".join(f"{cell:>12}" for cell in cells)
+    yield f"target: async def, batch=500: ratio >= {TARGETS.batch_ratio:g}"
 
 
 def _latency_lines(latency: Latency) -> Iterator[str]:

@@ -12,7 +12,7 @@ import msgspec
 import psycopg
 
 from bench import workload
-from bench.client import Drain, Drained, Job
+from bench.client import Drain, Drained, Job, Kind
 from bench.processes import Usage, Worker, run_program
 from walstream.cluster import PrivateCluster
 from walstream.lsn import Lsn
@@ -48,6 +48,16 @@ class Throughput(msgspec.Struct, frozen=True):
     record_bytes: float
     rounds: list[Round]
     medians: Measures
+
+
+class KindMeasures(msgspec.Struct, frozen=True):
+    """What one kind of handler reached, as medians; ``ratio`` is to ``async def``."""
+
+    kind: str
+    rows_per_second: float
+    ratio: float
+    cpu_microseconds_per_row: float
+    peak_mib: float
 
 
 class Startup(msgspec.Struct, frozen=True):
@@ -98,6 +108,20 @@ class Contest:
         medians = _medians([one.measures for one in played])
         return Throughput(rows, transaction_rows, record_bytes, played, medians)
 
+    def kinds(self, rows: int, transaction_rows: int, rounds: int) -> list[KindMeasures]:
+        """Write the WAL once, and let each kind of handler drain it in each round."""
+        measured: dict[Kind, list[Drained]] = {kind: [] for kind in Kind}
+        with workload.slot(self._connection, "origin"):
+            end = workload.update_rows(self._connection, rows, transaction_rows)
+            for number in range(rounds):
+                # In each round others come first: what the machine does besides hits all alike.
+                kinds = list(Kind)
+                for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
+                    drained = self._drain_ours(end, kind)
+                    assert drained.delivered == rows, f"{kind}: {drained.delivered} delivered"
+                    measured[kind].append(drained)
+        return [_kind_measures(kind, measured, rows) for kind in Kind]
+
     def _round(self, number: int, rows: int, end: Lsn) -> Round:
         first: Literal["pg_recvlogical", "walstream"]
         if number % 2 == 0:
@@ -121,9 +145,9 @@ class Contest:
             self._check("theirs", end)
         return usage
 
-    def _drain_ours(self, end: Lsn) -> Drained:
+    def _drain_ours(self, end: Lsn, kind: Kind = Kind.ASYNC) -> Drained:
         with workload.slot(self._connection, "ours", copy_of="origin"):
-            drained = self._walstream("ours", end)
+            drained = self._walstream("ours", end, kind)
             self._check("ours", end)
         return drained
 
@@ -138,8 +162,8 @@ class Contest:
         listed = [options for name, options in _START.findall(log) if name == slot]
         return {name: value.replace("''", "'") for name, value in _OPTION.findall(listed[-1])}
 
-    def _walstream(self, slot: str, end: Lsn) -> Drained:
-        job = Job(self._cluster.loopback_conninfo(), slot, Drain(until=str(end)))
+    def _walstream(self, slot: str, end: Lsn, kind: Kind = Kind.ASYNC) -> Drained:
+        job = Job(self._cluster.loopback_conninfo(), slot, Drain(until=str(end), kind=kind))
         with Worker("bench.client", job) as client:
             return client.result(Drained)
 
@@ -159,6 +183,22 @@ class Contest:
 
 def _arguments(options: Mapping[str, str]) -> Iterator[str]:
     return (f"--option={name}={value}" for name, value in options.items())
+
+
+def _kind_measures(kind: Kind, measured: Mapping[Kind, list[Drained]], rows: int) -> KindMeasures:
+    ratios = [
+        theirs.seconds / ours.seconds
+        for theirs, ours in zip(measured[Kind.ASYNC], measured[kind], strict=True)
+    ]
+    return KindMeasures(
+        kind=kind.value,
+        rows_per_second=median(rows / drained.seconds for drained in measured[kind]),
+        ratio=median(ratios),
+        cpu_microseconds_per_row=median(
+            drained.cpu_seconds / rows * 1e6 for drained in measured[kind]
+        ),
+        peak_mib=max(drained.peak_mib for drained in measured[kind]),
+    )
 
 
 def _medians(measured: list[Measures]) -> Measures:

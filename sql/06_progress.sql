@@ -1,14 +1,15 @@
--- The table in which transactional handlers record how far they have come: exactly once.
+-- The tables in which transactional handlers record how far they have come: exactly once.
 --
 --     psql -d target -f sql/06_progress.sql
 --     psql -d target -v role=walstream -f sql/06_progress.sql
 --
 -- Run it as the owner of the database that the handlers write to, in that database, when walstream
--- may not make the table there itself. The role must exist; it may be another one than streams.
+-- may not make the tables there itself. The role must exist; it may be another one than streams.
 --
 --   role   the role that the handlers' connection string names; walstream
 --
--- Undo: DROP TABLE walstream.progress. Without it a handler does not recognise what comes again.
+-- Undo: DROP TABLE walstream.progress, walstream.replayed. Without them a handler does not
+-- recognise what comes again.
 
 \set ON_ERROR_STOP on
 \if :{?role} \else \set role walstream \endif
@@ -18,7 +19,7 @@ SET client_min_messages = warning;
 
 BEGIN;
 
--- walstream makes the same table; as many as want to at a time wait for each other here.
+-- walstream makes the same tables; as many as want to at a time wait for each other here.
 SELECT pg_advisory_xact_lock(hashtextextended('walstream.progress', 0)) \g /dev/null
 
 CREATE SCHEMA IF NOT EXISTS walstream;
@@ -35,8 +36,19 @@ CREATE TABLE IF NOT EXISTS walstream.progress (
     PRIMARY KEY (slot, route)
 );
 
+-- A row says: this dead letter was replayed. They go when the route has no letters any more.
+CREATE TABLE IF NOT EXISTS walstream.replayed (
+    slot text,
+    route text,
+    end_lsn pg_lsn,
+    ordinal bigint,
+    replayed_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (slot, route, end_lsn, ordinal)
+);
+
 GRANT USAGE ON SCHEMA walstream TO :"role";
 GRANT SELECT, INSERT, UPDATE ON walstream.progress TO :"role";
+GRANT SELECT, INSERT, DELETE ON walstream.replayed TO :"role";
 
 COMMIT;
 

@@ -14,3 +14,7 @@ class Stream(HandlerStream):
     def __init__(self, database: Database, **config: Any) -> None:
         super().__init__(database, **{"handlers": {"attempts": 5}, **config})
         self.database = database
+
+    def confirmed_flush_lsn(self) -> str:  # type: ignore[override]
+        """Ask the server what it has recorded, as it prints it."""
+        return str(super().confirmed_flush_lsn())

@@ -46,6 +46,7 @@ def test_the_benchmark_reports_every_figure_and_delivers_every_row(report: objec
                     },
                 }
             ],
+            "kinds": [{"kind": "async def", "ratio": 1.0, "cpu_microseconds_per_row": float()}, *_],
             "latency": {
                 "commits": 100,
                 "p50_milliseconds": float(),

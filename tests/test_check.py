@@ -410,6 +410,20 @@ KEYLESS = "CREATE TABLE t (id int, status text)"
         ),
         pytest.param(
             KEYED,
+            {"operations": ["update"], "changed": ["n"]},
+            Status.PROBLEM,
+            "so that nobody knows whether n changed: no update passes",
+            id="changed without the old row",
+        ),
+        pytest.param(
+            "CREATE TABLE t (id int PRIMARY KEY, n int)",
+            {"changed": ["n", "id"]},
+            Status.WARNING,
+            "updates that change nothing but n are dropped",
+            id="changed partly without the old row",
+        ),
+        pytest.param(
+            KEYED,
             {"operations": ["update"], "where": "status=eq.new"},
             Status.WARNING,
             "the filter on status does not match",
@@ -471,6 +485,8 @@ async def test_a_table_that_does_not_fit_its_route_is_named_and_mended(
         {"operations": ["delete"], "where": "or(id.eq.1,not.and(id.gt.5,id.lt.9))"},
         {"operations": ["update"], "where": "n=eq.1"},
         {"operations": ["update"], "where": "id=eq.1", "leaving": True},
+        {"operations": ["update"], "changed": ["id"]},
+        {"operations": ["insert"], "changed": ["status"]},
         {"operations": ["update"], "columns": {"mask": {"n": "null"}}},
     ],
 )
@@ -489,6 +505,7 @@ async def test_a_full_identity_is_enough_for_everything(database: Database) -> N
         table="public.t",
         where="status=eq.new",
         leaving=True,
+        changed=["status"],
         columns={"mask": {"status": "redact"}},
     )
     assert (found.status, found.found) == (Status.OK, "replica identity full")

@@ -144,6 +144,7 @@ def balance(*, changes: int = 5, matched: int = 3, delivered: int = 3) -> Balanc
         lost=0,
         flush_lsn=ZERO,
         routes=(RouteSummary("handler", matched, 0, 0),),
+        destinations=(),
     )
     committed = Tally(transactions=5, changes=5, wanted=Counter({"handler": 3}))
     return Balance(committed, summary, Lsn(0), Lsn(0))

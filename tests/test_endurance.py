@@ -78,7 +78,7 @@ async def test_a_slow_handler_keeps_the_connection_and_holds_the_slot(
     end_lsn = sleeper.changes[0].end_lsn
     looked = 0
     while not running.done():
-        position = stream.confirmed_flush_lsn()
+        position = Lsn.parse(stream.confirmed_flush_lsn())
         if running.done():
             break
         assert position < end_lsn
@@ -87,7 +87,7 @@ async def test_a_slow_handler_keeps_the_connection_and_holds_the_slot(
     summary = await running
     assert looked > 20
     assert (summary.sessions, len(sleeper.changes)) == (1, 1)
-    assert stream.confirmed_flush_lsn() >= end_lsn
+    assert Lsn.parse(stream.confirmed_flush_lsn()) >= end_lsn
 
 
 async def test_a_filtered_transaction_of_three_million_rows_passes(
@@ -144,7 +144,7 @@ async def test_an_idle_database_does_not_hold_back_its_neighbours_wal(
         neighbour.execute("CREATE TABLE busy (id int)")
         neighbour.execute("INSERT INTO busy SELECT generate_series(1, 1000)")
         ((target,),) = neighbour.execute("SELECT pg_current_wal_flush_lsn()::text")
-        await async_wait_until(lambda: stream.confirmed_flush_lsn() >= Lsn.parse(target))
+        await async_wait_until(lambda: Lsn.parse(stream.confirmed_flush_lsn()) >= Lsn.parse(target))
     stream.app.stop()
     assert (await running).changes == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import secrets
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from tests import workload
 from tests.postgres import Database, wait_until
+from tests.test_documents import ROOT, blocks, the_block
 from tests.workload import Kind, Table
 from walstream import Change, Message, Walstream
 from walstream.config import Config, parse
@@ -27,7 +29,7 @@ from walstream.router import Router, Rule, TablePattern
 
 SEED: Final = 20261122
 TRANSACTIONS: Final = 250
-ROUTES: Final = 40
+ROUTES: Final = 60
 
 
 def make_slot(database: Database) -> Config:
@@ -68,8 +70,12 @@ async def test_explain_and_the_real_run_agree(database: Database, kind: str) -> 
     workload.run(database.dsn, SEED, TRANSACTIONS)
     app = Walstream()
     seen: set[tuple[int, str, bytes]] = set()
-    for number in range(ROUTES):
-        attach(app, number, random_route(chance, database, patterns=kind == "patterns"), seen)
+    specs = [
+        {"on": ("public.profiles",), "where": "visits=gte.500", "leaving": True},
+        *[random_route(chance, database, patterns=kind == "patterns") for _ in range(ROUTES - 1)],
+    ]
+    for number, spec in enumerate(specs):
+        attach(app, number, spec, seen)
     before = confirmed(database, config)
     router = make_router(config, app.handlers)
     explained = await explain(config, router, everything=kind == "everything")
@@ -131,9 +137,8 @@ def assert_is_mixed(explained: list[Explained], kind: str) -> None:
 
 def random_route(chance: random.Random, database: Database, *, patterns: bool) -> dict[str, Any]:
     """Make a route on one of the workload's tables, of columns that are still there."""
-    table = chance.choice(
-        [one for name, one in workload.make_tables().items() if name != "readings" or patterns]
-    )
+    tables = [one for name, one in workload.make_tables().items() if name != "readings" or patterns]
+    table = chance.choice(tables + 2 * [one for one in tables if one.is_full])
     columns = known_columns(database, table)
     pattern = TablePattern(table.schema, table.name)
     if patterns and chance.random() < 0.3:
@@ -147,7 +152,7 @@ def random_route(chance: random.Random, database: Database, *, patterns: bool) -
         "on": (str(pattern), *operations),
         "where": ",".join(where) or None,
         "changed": chance.sample(names, chance.choice([0, 0, 1, 2])) or None,
-        "leaving": chance.random() < 0.4,
+        "leaving": chance.random() < 0.5,
         "exclude": chance.sample(names, chance.choice([0, 0, 1])),
         "mask": dict.fromkeys(chance.sample(names, chance.choice([0, 0, 1])), "redact"),
     }
@@ -409,3 +414,43 @@ def test_the_command_shows_tables(command: Any) -> None:
     assert (line["id"], line["table"], line["sent"]) == (None, "other", False)
     assert [told["rule"] for told in line["routes"]] == ["table", "table"]
     assert command("--table", "other").returncode == 64
+
+
+def test_the_document_shows_what_the_command_prints(database: Database, tmp_path: Path) -> None:
+    config = make_shop(database)
+    (tmp_path / "handlers.py").write_text(the_block("python", "docs/explain-and-test.md").text)
+    environment = {key: one for key, one in os.environ.items() if "WALSTREAM_" not in key}
+    done = subprocess.run(
+        [sys.executable, "-m", "walstream", "explain", "handlers:stream", "--limit", "3"],
+        cwd=tmp_path,
+        env={
+            **environment,
+            "PYTHONPATH": str(Path.cwd()),
+            "WALSTREAM_POSTGRES_DSN": database.dsn,
+            "WALSTREAM_SLOT_NAME": config.slot.name,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    shown, _ = blocks("text", documents=[ROOT / "docs/explain-and-test.md"])
+    assert without_lsns(done.stdout) == without_lsns(shown.text), done.stderr
+
+
+def make_shop(database: Database) -> Config:
+    database.execute(the_block("sql", "docs/filters.md").text)
+    config = make_slot(database)
+    trade_in_orders(database)
+    return config
+
+
+def trade_in_orders(database: Database) -> None:
+    database.execute(
+        "INSERT INTO orders (id, status, amount) VALUES (1, 'active', 12.50), (2, 'new', 3)"
+    )
+    database.execute("UPDATE orders SET amount = 15 WHERE id = 1")
+
+
+def without_lsns(text: str) -> str:
+    return re.sub(r"^[0-9A-F]+/[0-9A-F]+:", "LSN:", text, flags=re.MULTILINE)

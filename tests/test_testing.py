@@ -131,7 +131,6 @@ async def test_a_stream_beside_the_test_drains_again_and_again(
     app = Walstream()
     app.on("public.orders")(ledger.in_the_loop)
     async with walstream_stream(app) as stream:
-        assert stream.is_running
         for number in range(5):
             order(ledger.database, number)
             await stream.drain()
@@ -160,6 +159,17 @@ async def test_the_application_stays_as_it_is(ledger: Ledger, walstream_stream: 
     assert handler.function == function
 
 
+async def test_messages_come_to_what_is_attached_for_the_test(
+    ledger: Ledger, walstream_stream: MakeStream
+) -> None:
+    messages: list[Message] = []
+    stream = walstream_stream()
+    stream.app.on_message("jobs.*")(messages.append)
+    ledger.database.execute("SELECT pg_logical_emit_message(true, 'jobs.a', 'mow')")
+    await stream.drain()
+    assert [(one.prefix, one.content) for one in messages] == [("jobs.a", "mow")]
+
+
 async def test_what_a_handler_raised_is_the_cause(
     ledger: Ledger, walstream_stream: MakeStream
 ) -> None:
@@ -180,9 +190,12 @@ async def test_what_a_handler_raised_is_the_cause(
     places = [place.name for place in pytest.ExceptionInfo.from_exception(cause).traceback]
     assert places[-1] == "fail"
     assert len(calls) == 1
-    with pytest.raises(HandlerFailed):
-        async with stream:
+    async with stream:
+        with pytest.raises(HandlerFailed):
             await stream.drain()
+    with pytest.raises(HandlerFailed):  # also where nobody has waited for it
+        async with stream:
+            await async_wait_until(lambda: not stream.is_running)
 
 
 async def test_the_configuration_is_the_test_s_own(
@@ -274,12 +287,10 @@ async def test_after_a_crash_nothing_is_called_and_nothing_confirmed(
     order(ledger.database, 2, 3, 4, 5)
     stream.crash_after(3)
     await stream.drain()
-    assert stream.crashed
-    assert ledger.seen == [1, 2, 3, 4]
+    assert (stream.crashed, ledger.seen) == (True, [1, 2, 3, 4])
     assert stream.confirmed_flush_lsn() == confirmed
     again = await stream.redeliver()
-    assert not stream.crashed
-    assert ledger.seen == [1, 2, 3, 4, 2, 3, 4, 5]
+    assert (stream.crashed, ledger.seen) == (False, [1, 2, 3, 4, 2, 3, 4, 5])
     assert again[:3] == list(dict.fromkeys(change.id for change in stream.changes))[1:4]
     assert stream.confirmed_flush_lsn() > confirmed
 
@@ -445,7 +456,11 @@ def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return project.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
 
 
-def test_a_project_that_does_not_use_it_notices_nothing(project: pytest.Pytester) -> None:
+def test_a_project_that_does_not_use_it_notices_nothing(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where walstream cannot be imported, for want of libpq."""
+    monkeypatch.setenv("PSYCOPG_IMPL", "missing")
     project.makepyfile(
         """
         import sys

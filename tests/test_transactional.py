@@ -62,10 +62,14 @@ def names_of(items: Sequence[Item]) -> list[str]:
 class Route:
     """A transactional route of a process: a handler that notes what it got, and its target."""
 
-    def __init__(self, kind: Kind, dsn: str, name: str = "notes") -> None:
+    def __init__(
+        self, kind: Kind, dsn: str, name: str = "notes", *, replaying: bool = False
+    ) -> None:
         self.kind = kind
         self.dsn = dsn
-        self.target = TransactionalTarget(dsn, slot="s", route=name, application_name=f"of {kind}")
+        self.target = TransactionalTarget(
+            dsn, slot="s", route=name, application_name=f"of {kind}", replaying=replaying
+        )
         self.called: list[list[str]] = []
 
     async def open(self, systemid: str = SYSTEM, flush_lsn: Lsn = FLUSH_LSN) -> None:
@@ -234,9 +238,7 @@ async def test_of_two_processes_at_once_the_second_one_waits_and_leaves_out(
     try:
         await async_wait_until(lambda: route.called)
         second = asyncio.create_task(other.run(items))
-        await async_wait_until(
-            lambda: database.execute("SELECT 1 FROM pg_locks WHERE NOT granted")
-        )
+        await async_wait_until(lambda: database.execute("SELECT 1 FROM pg_locks WHERE NOT granted"))
         assert other.called == []
     finally:
         go_on.set()
@@ -264,6 +266,55 @@ async def test_a_row_that_was_deleted_is_made_again(database: Database, route: R
     items = items_of(20)
     await route.run(items)
     assert recorded(database) == [("0/14", 2)]
+
+
+async def test_dead_letters_are_applied_although_the_route_has_gone_on(
+    database: Database, processes: Callable[..., Route], route: Route
+) -> None:
+    dead, later = items_of(10), items_of(20)
+    await route.run(later)
+    replay = processes(replaying=True)
+    await replay.open()
+    with pytest.raises(OwnError):
+        await replay.run(dead, fail)
+    assert await replay.run(dead) == 0
+    assert applied(database) == once(dead + later)
+    assert recorded(database) == [("0/14", 2)]
+    assert await route.run(later) == 2
+
+
+async def test_a_dead_letter_is_replayed_once(
+    database: Database, processes: Callable[..., Route], route: Route
+) -> None:
+    """By a second replay, by the same one after it lost the answer, and by the daemon."""
+    first, second = items_of(10)
+    later = items_of(20)
+    for left_out in (0, 1):
+        replay = processes(replaying=True)
+        await replay.open()
+        assert await replay.run([first]) == left_out
+        assert await replay.run([first]) == 1
+    assert await route.target.has_applied(first)
+    assert not await route.target.has_applied(second)
+    again = processes()
+    await again.open()
+    assert await again.run([first, second, *later]) == 1
+    assert applied(database) == once([first, second, *later])
+
+
+async def test_what_was_replayed_is_forgotten_when_the_route_has_gone_on(
+    database: Database, processes: Callable[..., Route], route: Route
+) -> None:
+    dead, later, ahead = items_of(10), items_of(20), items_of(30)
+    replay = processes(replaying=True)
+    await replay.open()
+    await replay.run(dead)
+    await replay.run(ahead)
+    await route.run(later)
+    await replay.target.forget_replayed()
+    left = database.execute("SELECT end_lsn::text, ordinal FROM walstream.replayed ORDER BY 2")
+    assert left == [("0/1E", 1), ("0/1E", 2)]
+    assert [await route.target.has_applied(item) for item in (*dead, *later, *ahead)] == [True] * 6
 
 
 async def test_positions_come_in_ascending_order_with_messages_between(database: Database) -> None:
@@ -804,16 +855,17 @@ async def test_a_role_that_may_not_make_the_table_is_told_what_to_run(
     await route.target.close()
 
 
-async def test_the_file_for_operators_makes_the_same_table(
+async def test_the_file_for_operators_makes_the_same_tables(
     database: Database, stranger: str
 ) -> None:
     def columns() -> list[tuple[Any, ...]]:
         return database.execute(
-            "SELECT attname, format_type(atttypid, atttypmod), attnotnull,"
-            " pg_get_expr(adbin, adrelid), conkey FROM pg_attribute"
+            "SELECT attrelid::regclass::text, attname, format_type(atttypid, atttypmod),"
+            " attnotnull, pg_get_expr(adbin, adrelid), conkey FROM pg_attribute"
             " LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum"
             " JOIN pg_constraint ON conrelid = attrelid AND contype = 'p'"
-            " WHERE attrelid = 'walstream.progress'::regclass AND attnum > 0 ORDER BY attnum"
+            " WHERE attrelid IN ('walstream.progress'::regclass, 'walstream.replayed'::regclass)"
+            " AND attnum > 0 ORDER BY attrelid::regclass::text, attnum"
         )
 
     run_twice(database.dsn, "06_progress.sql", role=stranger)

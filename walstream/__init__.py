@@ -6,16 +6,21 @@ from walstream.config import Config
 from walstream.daemon import Summary
 from walstream.errors import WalstreamError
 from walstream.lsn import Lsn
+from walstream.policy import Retry
+from walstream.typed import UNCHANGED, Unchanged
 
 __all__ = [
+    "UNCHANGED",
     "Change",
     "Config",
     "Lsn",
     "Message",
     "Operation",
     "Relation",
+    "Retry",
     "Row",
     "Summary",
+    "Unchanged",
     "UnchangedValueError",
     "Walstream",
     "WalstreamError",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 import threading
 import time
@@ -29,9 +30,9 @@ from walstream.lsn import Lsn
 _UNFINISHED: Final = (Generator, AsyncGenerator, Future)
 
 _WAY_TO_HANDLERS: Final = (
-    str(Path(__file__).parent),
+    f"{Path(__file__).parent}{os.sep}",
     threading.__file__,
-    str(Path(futures.__file__).parent),
+    f"{Path(futures.__file__).parent}{os.sep}",
 )
 
 
@@ -55,20 +56,25 @@ class Slot:
         """Note that it is over."""
         self.item = None
 
+    def clear(self) -> None:
+        """Let go of all that the last session has left."""
+        self.item = self.task = None
+
     def stack(self) -> list[str]:
         """Say where the call stands, outermost first: ``file:line function`` each.
 
-        It begins with the handler: the way to it is left out.
+        It begins with the handler: the way to it is left out, unless there is nothing else.
         """
-        if self.thread is not None:
-            frame = sys._current_frames().get(self.thread)  # noqa: SLF001 - documented so
+        thread = self.thread  # the call may return meanwhile
+        if thread is not None:
+            frame = sys._current_frames().get(thread)  # noqa: SLF001 - documented so
             places = traceback.extract_stack(frame) if frame is not None else []
         else:
             places = traceback.StackSummary.extract(
                 (frame, frame.f_lineno) for frame in _suspended(self.task)
             )
-        own = dropwhile(lambda place: place.filename.startswith(_WAY_TO_HANDLERS), places)
-        return [f"{place.filename}:{place.lineno} {place.name}" for place in own]
+        own = list(dropwhile(lambda place: place.filename.startswith(_WAY_TO_HANDLERS), places))
+        return [f"{place.filename}:{place.lineno} {place.name}" for place in own or places]
 
 
 def _suspended(task: asyncio.Task[Any] | None) -> list[FrameType]:
@@ -105,6 +111,9 @@ class Target(Protocol):
     ) -> int:
         """As `run`, for a function that blocks."""
 
+    async def has_applied(self, item: Item) -> bool:
+        """Ask whether an item was recorded before."""
+
     async def close(self) -> None:
         """Close the connections."""
 
@@ -118,6 +127,9 @@ class Caller(Protocol):
 
     async def call(self, items: Sequence[Item], slot: Slot) -> Outcome:
         """Call with all items at once; raises what the call raised in the event loop."""
+
+    async def has_applied(self, item: Item, /) -> bool:
+        """Whether it is recorded that the destination has taken an item before."""
 
     async def settle(self) -> None:
         """Wait for what an earlier session has left running."""
@@ -147,6 +159,10 @@ class AsyncCaller:
         await self._call(_payload(self._handler, items))
         return 0, None
 
+    async def has_applied(self, item: Item) -> bool:
+        """Ask the target, if there is one."""
+        return self._target is not None and await self._target.has_applied(item)
+
     async def settle(self) -> None:
         """Nothing is left behind: tasks end with their session."""
 
@@ -165,10 +181,16 @@ class AsyncCaller:
 class _Hop:
     """A visit to a thread; nobody waits for it any more once it is abandoned."""
 
-    __slots__ = ("abandoned",)
+    __slots__ = ("abandoned", "may_go_on")
 
-    def __init__(self) -> None:
+    def __init__(self, may_go_on: Callable[[], bool]) -> None:
         self.abandoned = False
+        self.may_go_on = may_go_on
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further call is to be begun."""
+        return self.abandoned or not self.may_go_on()
 
 
 class ThreadCaller:
@@ -185,7 +207,8 @@ class ThreadCaller:
     @property
     def is_busy(self) -> bool:
         """Whether the function still runs, perhaps because nobody waits for it any more."""
-        return any(future.running() for future in self._running)
+        # Of a copy: threads that are done take themselves out.
+        return any(future.running() for future in list(self._running))
 
     async def call(self, items: Sequence[Item], slot: Slot) -> Outcome:
         """Call the function with all items at once."""
@@ -193,14 +216,23 @@ class ThreadCaller:
         return repeated, error
 
     async def call_each(
-        self, items: Sequence[Item], slot: Slot
+        self, items: Sequence[Item], slot: Slot, may_go_on: Callable[[], bool] = lambda: True
     ) -> tuple[int, int, BaseException | None]:
         """Call the function with one item after another, all in one visit to the thread.
+
+        Args:
+            items: at least one.
+            slot: tells which of them is in hand.
+            may_go_on: asked in the thread before each call.
 
         Returns:
             How many calls returned, how many items were repeated ones, and what a call raised.
         """
-        return await self._hop(self._call_each, items, slot)
+        return await self._hop(self._call_each, items, slot, may_go_on)
+
+    async def has_applied(self, item: Item) -> bool:
+        """Ask the target, if there is one."""
+        return self._target is not None and await self._target.has_applied(item)
 
     async def settle(self) -> None:
         """Wait until the function has returned that an earlier session gave up waiting for."""
@@ -216,6 +248,7 @@ class ThreadCaller:
         work: Callable[[_Hop, Sequence[Item], Slot], tuple[int, int, BaseException | None]],
         items: Sequence[Item],
         slot: Slot,
+        may_go_on: Callable[[], bool] = lambda: True,
     ) -> tuple[int, int, BaseException | None]:
         """Let a thread do it.
 
@@ -225,7 +258,7 @@ class ThreadCaller:
         Raises:
             asyncio.CancelledError: the visit was given up. The call in hand is its last one.
         """
-        hop = _Hop()
+        hop = _Hop(may_go_on)
         future = self._threads.submit(work, hop, items, slot)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
@@ -253,7 +286,7 @@ class ThreadCaller:
         repeated = 0
         try:
             for done, item in enumerate(items):
-                if hop.abandoned:
+                if hop.is_over:
                     return done, repeated, None
                 slot.begin(item)
                 try:
@@ -292,6 +325,10 @@ class SinkCaller:
         slot.task = asyncio.current_task()
         await self._sink.take([item for item in items if isinstance(item, Change)])
         return 0, None
+
+    async def has_applied(self, _: Item) -> bool:
+        """Nothing is recorded of what a sink takes."""
+        return False
 
     async def settle(self) -> None:
         """A sink does one thing after another by itself."""

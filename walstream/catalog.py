@@ -119,6 +119,13 @@ class Catalog:
         (row,) = await self.rows(_SERVER)
         return Server(row[0], row[1], row[2], row[3], Lsn.parse(row[4]), float(row[5]))
 
+    async def system_identifier(self) -> str:
+        """Return the cluster's identifier, as a replication connection tells it too."""
+        [(systemid,)] = await self.rows(
+            sql.SQL("SELECT system_identifier::text FROM pg_control_system()")
+        )
+        return str(systemid)
+
     async def table(self, relation: Relation) -> Table | None:
         """Describe a relation, or return None when there is none of that name."""
         rows = await self.rows(_TABLE, {"schema": relation.schema, "name": relation.name})

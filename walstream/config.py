@@ -34,11 +34,18 @@ from pydantic_settings import (
 
 from walstream import filters, postgres, projection
 from walstream.backoff import Backoff
-from walstream.changes import Operation
+from walstream.changes import Operation, Relation
 from walstream.destinations import MAX_TRANSACTION_CHANGES, HandlerOptions
 from walstream.errors import ConfigError, FilterError
 from walstream.policy import FailurePolicy, OnFailure
-from walstream.router import ALL_OPERATIONS, MessageRoute, Route, TablePattern
+from walstream.router import (
+    ALL_OPERATIONS,
+    DEAD_LETTER_TABLES,
+    OWN_TABLES,
+    MessageRoute,
+    Route,
+    TablePattern,
+)
 from walstream.typed import RowModel
 
 ENV_PREFIX: Final = "WALSTREAM_"
@@ -201,6 +208,7 @@ class RouteSpec(FailureSpec, _Wanted):
         destination: Any,
         masking_key: bytes | None,
         defaults: HandlersConfig = HandlersConfig(),  # noqa: B008 - it is frozen
+        own_tables: frozenset[Relation] = OWN_TABLES,
     ) -> Route:
         """Make the route.
 
@@ -228,6 +236,7 @@ class RouteSpec(FailureSpec, _Wanted):
             leaving=self.leaving,
             changed=self.changed or (),
             policy=self.policy(defaults),
+            own_tables=own_tables,
         )
 
 
@@ -429,6 +438,11 @@ class Config(BaseSettings):
         """Let the environment win over the file, whose content comes as arguments."""
         del settings_cls, dotenv_settings, file_secret_settings
         return env_settings, init_settings
+
+    def own_tables(self) -> frozenset[Relation]:
+        """Return the tables that are walstream's, which only routes that name them get."""
+        schema = self.dead_letters.schema_name
+        return OWN_TABLES | {Relation(schema, table) for table in DEAD_LETTER_TABLES}
 
 
 def load(file: Path | None = None) -> Config:

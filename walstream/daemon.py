@@ -10,30 +10,20 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import assert_never
 
 import msgspec
 import structlog
 
 from walstream.acknowledger import Acknowledger
+from walstream.assembly import Assembly
 from walstream.backoff import Backoff
 from walstream.binding import Binding
-from walstream.catalog import Catalog, Server
-from walstream.config import (
-    Config,
-    FileSinkConfig,
-    MessageSpec,
-    RouteSpec,
-    SinkConfig,
-    StdoutSinkConfig,
-)
+from walstream.catalog import Server
+from walstream.config import Config, MessageSpec, RouteSpec
 from walstream.connection import ReplicationConnection
-from walstream.dead_letters import make_store
 from walstream.decoder import START_OPTIONS, Decoder
-from walstream.delivery import Delivery, Limits
-from walstream.destinations import Destination, Handler, Sink
+from walstream.destinations import Handler, Sink
 from walstream.errors import (
-    ConfigError,
     ConnectionLost,
     PluginTooOld,
     ServerShutdown,
@@ -45,18 +35,12 @@ from walstream.errors import (
 )
 from walstream.lsn import ZERO, Lsn
 from walstream.outlets import Held
-from walstream.parking import Parking
-from walstream.policy import OnFailure
 from walstream.postgres import python_encoding
 from walstream.preflight import verify_routes, verify_server
 from walstream.pushdown import PushedDown, push_down
 from walstream.recording import Recorder, RecordingBinding
-from walstream.router import MessageRoute, Route, Router
-from walstream.sinks.file import FileSink
-from walstream.sinks.stdout import StdoutSink
 from walstream.slots import create_slot, usable_slot
 from walstream.stream import STATUS_INTERVAL_SECONDS, Counts, LostChanges, Session
-from walstream.transactional import TransactionalTarget
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
 
@@ -135,36 +119,13 @@ class Daemon:
         self._temporary_slot = temporary_slot
         self._reconnect = reconnect
         self._recorder = recorder
-        self._sinks = [_sink(name, sink) for name, sink in config.sinks.items()]
-        self._sinks += [sink for _, sink in sinks]
-        self.router = Router(
-            self._routes(handlers, sinks),
-            [
-                spec.route(handler.name, handler, config.handlers)
-                for spec, handler in handlers
-                if isinstance(spec, MessageSpec)
-            ],
-        )
-        _verify_names(_all_routes(self.router))
-        self._catalog = Catalog(
-            config.postgres.catalog_dsn(),
-            application_name=f"{config.postgres.application_name} catalog"[:63],
-        )
-        self._parking = _parking(config, self.router)
-        self._targets = _targets(config, [handler for _, handler in handlers])
-        self._delivery = Delivery(
-            dict.fromkeys(route.destination for route in _all_routes(self.router)),
-            Limits(
-                config.stream.max_in_flight_changes,
-                config.stream.max_in_flight_bytes,
-                config.stream.stuck_after_seconds,
-                config.stream.drain_seconds,
-            ),
-            parking=self._parking,
-            targets=self._targets,
-            wait_until_visible=self._catalog.wait_until_visible,
-            show_error_messages=config.log.error_messages,
-        )
+        assembly = Assembly(config, handlers, sinks=sinks)
+        self._sinks = assembly.sinks
+        self.router = assembly.router
+        self._catalog = assembly.catalog
+        self._targets = assembly.targets
+        self._parking = assembly.parking()
+        self._delivery = assembly.delivery(self._parking)
         self._lost = LostChanges(self.router.covers)
         self._acknowledger = Acknowledger(ZERO)
         self._counts = Counts()
@@ -225,7 +186,7 @@ class Daemon:
             flush_lsn=self._acknowledger.flush_lsn,
             routes=tuple(
                 RouteSummary(route.name, counts.matched, counts.filtered, counts.absent)
-                for route, counts in zip(self.router.routes, self.router.counts, strict=True)
+                for route, counts in self.router.counted()
             ),
             destinations=tuple(
                 DestinationSummary(name, *msgspec.structs.astuple(counts))
@@ -252,32 +213,6 @@ class Daemon:
                 opened.push_async_callback(sink.close)
             await self._keep_streaming()
         return self.summary()
-
-    def _routes(
-        self,
-        handlers: Sequence[tuple[RouteSpec | MessageSpec, Handler]],
-        sinks: Sequence[tuple[RouteSpec, Sink]],
-    ) -> list[Route]:
-        config = self._config
-        masking_key, defaults = config.masking.secret(), config.handlers
-        by_name = {sink.name: sink for sink in self._sinks}
-        routes = [
-            spec.route(handler.name, handler, masking_key, defaults)
-            for spec, handler in handlers
-            if isinstance(spec, RouteSpec)
-        ]
-        routes += [spec.route(sink.name, sink, masking_key, defaults) for spec, sink in sinks]
-        routes += [
-            spec.route(spec.name or f"routes[{index}]", by_name[spec.to], masking_key, defaults)
-            for index, spec in enumerate(config.routes)
-        ]
-        if not routes and not handlers:
-            raise UsageError(
-                "nothing is routed anywhere",
-                hint="attach a handler (walstream run module:name) or write a [[routes]] into the"
-                " configuration file",
-            )
-        return routes
 
     async def _keep_streaming(self) -> None:
         failures = 0
@@ -481,70 +416,6 @@ class Daemon:
                 return confirmed
         await connection.start(name, options)
         return confirmed
-
-
-def _sink(name: str, config: SinkConfig) -> Sink:
-    match config:
-        case StdoutSinkConfig():
-            return StdoutSink(name)
-        case FileSinkConfig():
-            return FileSink(name, config.path)
-        case _:
-            assert_never(config)
-
-
-def _all_routes(router: Router) -> list[Route | MessageRoute]:
-    return [*router.routes, *router.message_routes]
-
-
-def _verify_names(routes: Sequence[Route | MessageRoute]) -> None:
-    """Refuse routes of one name where something is kept under the name."""
-    names = [route.name for route in routes]
-    problems = [
-        f"{route.name}: {names.count(route.name)} routes have this name, and dead letters and what"
-        " a transactional handler records are kept by it; give each a name of its own"
-        for route in routes
-        if names.count(route.name) > 1 and _keeps_something(route)
-    ]
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-
-
-def _keeps_something(route: Route | MessageRoute) -> bool:
-    destination = route.destination
-    is_transactional = (
-        isinstance(destination, Handler) and destination.options.transactional is not None
-    )
-    return is_transactional or route.policy.on_failure is OnFailure.DEAD_LETTER
-
-
-def _parking(config: Config, router: Router) -> Parking | None:
-    """Return where dead letters go, when a route has them."""
-    policies = [route.policy for route in _all_routes(router)]
-    if not any(policy.on_failure is OnFailure.DEAD_LETTER for policy in policies):
-        return None
-    settings = config.dead_letters
-    return Parking(
-        make_store(
-            settings,
-            slot=config.slot.name,
-            dsn=settings.own_dsn() or config.postgres.catalog_dsn(),
-            application_name=f"{config.postgres.application_name} dead letters"[:63],
-        )
-    )
-
-
-def _targets(config: Config, handlers: Sequence[Handler]) -> dict[Destination, TransactionalTarget]:
-    return {
-        handler: TransactionalTarget(
-            handler.options.transactional,
-            slot=config.slot.name,
-            route=handler.name,
-            application_name=config.postgres.application_name,
-        )
-        for handler in handlers
-        if handler.options.transactional is not None
-    }
 
 
 def _parse_until(text: str) -> Lsn:

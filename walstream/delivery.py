@@ -7,7 +7,6 @@ told to the acknowledger, which alone decides what may be confirmed.
 
 from __future__ import annotations
 
-import asyncio
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
@@ -19,7 +18,15 @@ from walstream.calls import Target, caller_of
 from walstream.destinations import Destination
 from walstream.errors import WalstreamError
 from walstream.flow import Flow, Halt, Handed
-from walstream.outlets import Held, Outlet, OutletCounts, Services, TransactionOutlet, outlet_of
+from walstream.outlets import (
+    Held,
+    Outlet,
+    OutletCounts,
+    Services,
+    TransactionOutlet,
+    outlet_of,
+    run_together,
+)
 from walstream.parking import Parking
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.delivery")
@@ -64,7 +71,9 @@ class Delivery:
         self._limits = limits
         self._flow = Flow(limits.max_in_flight_changes, limits.max_in_flight_bytes)
         self._show_error_messages = show_error_messages
-        services = Services(self._flow, parking, wait_until_visible, self.describe)
+        services = Services(
+            self._flow, parking, wait_until_visible, self.describe, limits.drain_seconds
+        )
         self._targets = dict(targets or {})
         self._outlets: dict[Destination, Outlet] = {
             destination: outlet_of(
@@ -76,12 +85,16 @@ class Delivery:
             outlet for outlet in self._outlets.values() if isinstance(outlet, TransactionOutlet)
         ]
         self._only = next(iter(self._outlets.values())) if len(self._outlets) == 1 else None
-        self._told_stuck: dict[str, float] = {}
+        self._told_stuck: dict[Outlet, float] = {}
 
     @property
     def counts(self) -> dict[str, OutletCounts]:
-        """What became of the changes, by destination."""
-        return {outlet.name: outlet.counts for outlet in self._outlets.values()}
+        """What became of the changes, by destination; those of one name together."""
+        found: dict[str, OutletCounts] = {}
+        for outlet in self._outlets.values():
+            before = found.get(outlet.name)
+            found[outlet.name] = outlet.counts if before is None else before + outlet.counts
+        return found
 
     @property
     def delivered(self) -> int:
@@ -174,18 +187,11 @@ class Delivery:
         Raises:
             DeliveryError: a change was not taken, and its route's policy is to stop.
         """
-        tasks = [asyncio.create_task(outlet.run()) for outlet in self._outlets.values()]
-        try:
-            _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            if pending:
-                self.begin_no_more()
-                self.finish()
-                await asyncio.wait(pending, timeout=self._limits.drain_seconds)
-        finally:
-            await _end(tasks)
-        for task in tasks:
-            if not task.cancelled():
-                task.result()
+        await run_together(
+            [outlet.run() for outlet in self._outlets.values()],
+            on_failure=self._finish_begun,
+            drain_seconds=self._limits.drain_seconds,
+        )
 
     def watch(self, now: float) -> None:
         """Log calls that last too long, once each, and when they are over.
@@ -195,18 +201,14 @@ class Delivery:
         """
         for outlet in self._outlets.values():
             held = outlet.held
-            told = self._told_stuck.get(outlet.name)
-            if told is not None and (held is None or held.since != told):
-                del self._told_stuck[outlet.name]
+            if held is not None and now - held.since > self._limits.stuck_after_seconds:
+                if self._told_stuck.get(outlet) != held.since:
+                    self._told_stuck[outlet] = held.since
+                    self._tell_stuck(held, now)
+            elif self._told_stuck.pop(outlet, None) is not None:
                 log.info("handler_moves_again", destination=outlet.name)
-                told = None
-            if held is not None and told is None:
-                self._tell_if_stuck(held, now)
 
-    def _tell_if_stuck(self, held: Held, now: float) -> None:
-        if now - held.since <= self._limits.stuck_after_seconds:
-            return
-        self._told_stuck[held.destination] = held.since
+    def _tell_stuck(self, held: Held, now: float) -> None:
         log.error(
             "handler_stuck",
             destination=held.destination,
@@ -236,6 +238,10 @@ class Delivery:
         text = f": {error}" if self._show_error_messages else ""
         return f"{type(error).__name__}{place}{text}"
 
+    def _finish_begun(self) -> None:
+        self.begin_no_more()
+        self.finish()
+
     def _wake(self) -> None:
         for outlet in self._outlets.values():
             outlet.wake()
@@ -243,10 +249,3 @@ class Delivery:
 
 def _since(held: Held) -> float:
     return held.since
-
-
-async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel what still runs, and wait until it has ended."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

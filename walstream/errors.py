@@ -178,6 +178,10 @@ class SlotCreationBlocked(Unavailable):
     """A slot cannot be created while transactions run that began before it."""
 
 
+class ReplayRuns(Unavailable):
+    """Another process replays the dead letters of the slot."""
+
+
 class TargetUnavailable(Unavailable):
     """The database that a transactional handler writes to cannot be used now."""
 
@@ -218,6 +222,10 @@ class OutputClosed(DeliveryError):
 
 class DeadLettersFull(DeliveryError):
     """The dead letters have reached the bound that the configuration sets."""
+
+
+class LettersLeft(DeliveryError):
+    """Not all dead letters that were to be replayed have been delivered."""
 
 
 class DeadLetterStoreFailed(DeliveryError):

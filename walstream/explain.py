@@ -64,13 +64,14 @@ def make_router(
         ConfigError: a route cannot be made.
     """
     masking_key, defaults = config.masking.secret(), config.handlers
+    own = config.own_tables()
     routes = [
-        spec.route(handler.name, None, masking_key, defaults)
+        spec.route(handler.name, None, masking_key, defaults, own)
         for spec, handler in handlers
         if isinstance(spec, RouteSpec)
     ]
     routes += [
-        spec.route(spec.name or f"routes[{index}]", None, masking_key, defaults)
+        spec.route(spec.name or f"routes[{index}]", None, masking_key, defaults, own)
         for index, spec in enumerate(config.routes)
     ]
     message_routes = [

@@ -50,10 +50,10 @@ class Flow:
         self.is_closed = False
         self.changes = self.size_bytes = 0
 
-    def add(self, handed: Handed) -> None:
-        """A change is on its way."""
-        self.changes += 1
-        self.size_bytes += handed[3]
+    def add(self, count: int, size_bytes: int) -> None:
+        """So many changes are on their way."""
+        self.changes += count
+        self.size_bytes += size_bytes
 
     def take(self, ticket: Ticket, count: int, size_bytes: int) -> None:
         """So many changes of a transaction are taken."""
@@ -82,9 +82,9 @@ class Flow:
             return True
         return self.halt is Halt.FINISH_BEGUN and ticket.begun
 
-    def drop(self, handed: Handed) -> None:
-        """A change is not begun any more; it comes again."""
-        self._remove(1, handed[3])
+    def drop(self, count: int, size_bytes: int) -> None:
+        """So many changes are not begun any more; they come again."""
+        self._remove(count, size_bytes)
 
     def begin_no_more(self, halt: Halt) -> None:
         """Halt, or halt harder."""

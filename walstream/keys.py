@@ -8,7 +8,7 @@ to another has both. Where a key cannot be known, the change is about the whole 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from walstream.changes import Change, Operation, Row
 
@@ -25,7 +25,7 @@ WHOLE_TABLE: Final = b""
 """In the place of the values when a change is about all rows, or about which is not known."""
 
 
-def keys_of(change: Change, columns: Sequence[str] | None = None) -> tuple[Key, ...]:
+def keys_of(change: Change[Any], columns: Sequence[str] | None = None) -> tuple[Key, ...]:
     """Return the keys of a change: one, or two when an update has changed the key.
 
     Args:
@@ -41,7 +41,7 @@ def keys_of(change: Change, columns: Sequence[str] | None = None) -> tuple[Key, 
         return ((table, NO_KEY),)
     if change.new_columns is None:
         return ((table, _values(change.identity, names)),)
-    new = _values(change.row, names)
+    new = _values(change.sent_row, names)
     if change.operation is not Operation.UPDATE or new == WHOLE_TABLE:
         return ((table, new),)
     old = _values(change.identity, names)

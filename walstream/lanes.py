@@ -46,6 +46,7 @@ class Lanes(Generic[T]):
         self._inside = 0
         self._barrier_inside = False
         self._added = 0
+        self._handed_out = 0
 
     def __len__(self) -> int:
         """Count what was added and is not done."""
@@ -55,6 +56,11 @@ class Lanes(Generic[T]):
     def ready(self) -> int:
         """How many items wait for nothing but to be handed out."""
         return len(self._ready)
+
+    @property
+    def waiting(self) -> int:
+        """How many items are not handed out."""
+        return len(self) - self._handed_out
 
     def add(self, item: T, keys: Sequence[Key]) -> None:
         """Let an item wait for those before it that it conflicts with."""
@@ -79,12 +85,14 @@ class Lanes(Generic[T]):
                 taken.append(found)
                 found = _next_in_lane(found) if len(taken) < limit else None
         taken.sort(key=_number)
+        self._handed_out += len(taken)
         return taken
 
     def done(self, entries: Iterable[Entry[T]]) -> None:
         """Let go of items that were handed out: what waited for them alone is ready."""
         for entry in entries:
             self._inside -= 1
+            self._handed_out -= 1
             self._barrier_inside = False
             for key in entry.keys:
                 if self._last.get(key) is entry:

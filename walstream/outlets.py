@@ -13,8 +13,8 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -30,6 +30,8 @@ from walstream.errors import (
     RowInvalid,
     SetupError,
     SinkFailed,
+    StreamBroken,
+    TransactionBroken,
     TransactionTooLarge,
     Unavailable,
     WalstreamError,
@@ -37,7 +39,7 @@ from walstream.errors import (
 from walstream.flow import Flow, Halt, Handed
 from walstream.keys import Key, keys_of
 from walstream.lanes import Entry, Lanes
-from walstream.parking import Parking
+from walstream.parking import Parking, Part
 from walstream.policy import FailurePolicy, OnFailure
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.delivery")
@@ -48,10 +50,16 @@ MAX_SYNC_RUN: Final = 100
 MAX_SINK_BATCH: Final = 1000
 """Changes that a sink gets at once."""
 
+MAX_ASYNC_RUN: Final = 1000
+"""Calls of an async handler after which others get the loop, however little it waits itself."""
+
+MAX_CALLS_IN_A_ROW: Final = 100
+"""The same of all other calls, which cost more."""
+
 _NEVER_AGAIN: Final = (NotRun, OutputClosed, SetupError)
 """No attempt and no other change would fare better: whatever the policy, the stream stops."""
 
-_SAME_AGAIN: Final = (RowInvalid, TransactionTooLarge)
+_SAME_AGAIN: Final = (RowInvalid, TransactionBroken, TransactionTooLarge)
 """The same change would fail the same way: no further attempt, then the policy."""
 
 _COMES_AGAIN: Final = (
@@ -66,9 +74,9 @@ class _CutShort(Exception):
 class OutletCounts(msgspec.Struct):
     """What became of the changes that were handed to one destination.
 
-    ``delivered`` were taken by it, ``skipped`` were given up, ``dead_lettered`` and ``parked`` are
-    in the dead-letter store, ``redelivered`` were recognised as done before. ``retries`` counts
-    calls after the first.
+    ``delivered`` were taken by it; of these ``redelivered`` were recognised as done before.
+    ``skipped`` were given up, ``dead_lettered`` and ``parked`` are in the dead-letter store.
+    ``retries`` counts calls after the first.
     """
 
     delivered: int = 0
@@ -78,27 +86,38 @@ class OutletCounts(msgspec.Struct):
     parked: int = 0
     redelivered: int = 0
 
+    def __add__(self, other: OutletCounts) -> OutletCounts:
+        """Count together."""
+        mine, others = msgspec.structs.astuple(self), msgspec.structs.astuple(other)
+        return OutletCounts(*map(sum, zip(mine, others, strict=True)))
+
 
 class Services(msgspec.Struct, frozen=True):
     """What outlets need of others.
 
     ``wait_until_visible`` takes an xid and returns when other sessions see that transaction.
-    ``describe`` names an error without what may be a row's values.
+    ``describe`` names an error without what may be a row's values. ``drain_seconds`` is how long
+    calls may go on when another one of their destination has failed for good.
     """
 
     flow: Flow
     parking: Parking | None
     wait_until_visible: Callable[[int], Awaitable[None]]
     describe: Callable[[BaseException], str]
+    drain_seconds: float = 10.0
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What an outlet is waiting for, and since when (monotonic seconds)."""
+    """What an outlet is waiting for, and since when (monotonic seconds).
+
+    ``key_columns`` make its key; None for the primary key.
+    """
 
     destination: str
     item: Item
     since: float
     slot: Slot
+    key_columns: tuple[str, ...] | None = None
 
     @property
     def change_id(self) -> str:
@@ -107,8 +126,9 @@ class Held(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """The key of the change, as a table and JSON."""
-        return ", ".join(f"{table} {values.decode()}" for table, values in _keys(self.item, None))
+        """The key of the change as its route sees it, as a table and JSON."""
+        keys = _keys(self.item, self.key_columns)
+        return ", ".join(f"{table} {values.decode()}" for table, values in keys)
 
 
 class Outlet(ABC):
@@ -127,6 +147,10 @@ class Outlet(ABC):
         self._waiting: deque[Handed] = deque()
         self._news = asyncio.Event()
         self._visible_xid = 0
+        self._calls_in_a_row = 0
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        self._has_let_go = False
 
     @property
     def name(self) -> str:
@@ -141,23 +165,34 @@ class Outlet(ABC):
             return None
         slot = min(busy, key=lambda one: one.since)
         item = slot.item
-        return None if item is None else Held(self.name, item, slot.since, slot)
+        if item is None:  # its thread has just finished it
+            return None
+        return Held(self.name, item, slot.since, slot, self._options.key)
 
     @property
     def waiting(self) -> int:
         """How many changes wait for a call."""
         return len(self._waiting)
 
+    @property
+    def in_flight(self) -> int:
+        """How many changes were handed over and are not taken."""
+        return self._in_flight
+
     def attach(self) -> None:
         """Forget what the last session has left: it comes again."""
         self._waiting.clear()
         self._news = asyncio.Event()
+        self._in_flight = self._in_flight_bytes = 0
+        self._has_let_go = False
+        self._clear_slots()
 
-    def add(self, handed: Iterable[Handed]) -> None:
+    def add(self, handed: Sequence[Handed]) -> None:
         """Let changes wait, in commit order."""
-        for entry in handed:
-            self._flow.add(entry)
-            self._waiting.append(entry)
+        if self._has_let_go:
+            return
+        self._count(handed)
+        self._waiting.extend(handed)
         self.wake()
 
     def wake(self) -> None:
@@ -173,22 +208,90 @@ class Outlet(ABC):
         await self.caller.settle()
         for slot in self._slots:
             slot.end()
-        with contextlib.suppress(_CutShort):
+        try:
             await self._work()
+        except _CutShort:
+            self._let_go()
+        finally:
+            self._clear_slots()
 
     @abstractmethod
     async def _work(self) -> None: ...
+
+    def _clear_slots(self) -> None:
+        """What was cancelled is not held any more; a thread still has what it has in hand."""
+        if not self.caller.is_busy:
+            for slot in self._slots:
+                slot.clear()
+
+    # What is in flight
+
+    def _count(self, handed: Sequence[Handed]) -> None:
+        size_bytes = sum([its_bytes for _, _, _, its_bytes in handed])
+        self._in_flight += len(handed)
+        self._in_flight_bytes += size_bytes
+        self._flow.add(len(handed), size_bytes)
+
+    def _took(self, ticket: Ticket, count: int, size_bytes: int) -> None:
+        self._in_flight -= count
+        self._in_flight_bytes -= size_bytes
+        self._flow.take(ticket, count, size_bytes)
+
+    def _drop(self, entry: Handed) -> None:
+        """Do not begin a change any more; it comes again."""
+        self._in_flight -= 1
+        self._in_flight_bytes -= entry[3]
+        self._flow.drop(1, entry[3])
+
+    def _let_go(self) -> None:
+        """Begin nothing more, of what waits and of what is still to come.
+
+        It comes again. The reader, which may be in the middle of a transaction, need not wait until
+        there is room for it.
+        """
+        self._has_let_go = True
+        self._waiting.clear()
+        self._flow.drop(self._in_flight, self._in_flight_bytes)
+        self._in_flight = self._in_flight_bytes = 0
 
     # What waits
 
     async def _more(self) -> bool:
         """Wait until something waits; return False when nothing will."""
-        while not self._waiting:
+        await self._breathe()
+        while not self._is_waiting:
             if self._flow.is_closed or self._flow.halt is Halt.FINISH_CALLS:
                 return False
             self._news.clear()
             await self._news.wait()
         return self._flow.halt is not Halt.FINISH_CALLS
+
+    @property
+    def _is_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    async def _breathe(self) -> None:
+        """Let others have the loop now and then: not every call waits for something."""
+        self._calls_in_a_row += 1
+        if self._calls_in_a_row >= MAX_CALLS_IN_A_ROW:
+            self._calls_in_a_row = 0
+            await asyncio.sleep(0)
+
+    async def _linger(self) -> None:
+        """Wait for the rest of a batch, as long as the handler wants to."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._options.linger_seconds):
+                while not self._has_batch:
+                    self._news.clear()
+                    await self._news.wait()
+
+    @property
+    def _has_batch(self) -> bool:
+        """Whether a batch is as large as it will get."""
+        flow = self._flow
+        return bool(
+            self.waiting >= self._options.batch or flow.is_full or flow.is_closed or flow.halt
+        )
 
     def _next(self, limit: int) -> list[Handed]:
         """Return what may be begun of the next changes."""
@@ -199,42 +302,47 @@ class Outlet(ABC):
             if may_begin(entry[2]):
                 unit.append(entry)
             else:
-                self._flow.drop(entry)
+                self._drop(entry)
         return unit
 
     # What may be called
 
     async def _admit(self, entry: Handed) -> Item | None:
-        """Return what the handler shall get; None when it gets nothing and the change is taken."""
-        route, item, _, _ = entry
-        options, parking = self._options, self._services.parking
-        if parking is not None and parking.is_used:
-            keys = _keys(item, options.key)
-            if parking.may_block(route.name, keys) and await parking.park(route.name, item, keys):
-                self.counts.parked += 1
-                self._take([entry])
-                return None
-        if options.visible:
-            await self._wait_until_visible(item)
-        if options.model is not None and isinstance(item, Change):
-            try:
-                return options.model.apply(item)
-            except RowInvalid as error:
-                await self._put_aside(entry, item, error, 1)
-                return None
+        """Return what the handler shall get; None when it gets nothing and the change is taken.
+
+        Raises:
+            DeliveryError: the change stops the stream.
+        """
+        if await self._is_parked([entry]):
+            return None
+        await self._wait_until_visible(entry[1])
+        item = self._modelled(entry[1])
+        if isinstance(item, Exception):
+            await self._put_aside([entry], item, 1)
+            return None
         return item
 
-    async def _admit_all(self, unit: list[Handed]) -> tuple[list[Handed], list[Item]]:
+    async def _admit_all(self, unit: list[Handed]) -> tuple[list[Handed], list[Item], list[Handed]]:
+        """Return what is called for at once, what it is called with, and the rest.
+
+        The rest begins with a change that is likely to stop the stream: what is before it is
+        delivered first.
+        """
         if not self._has_conditions:
-            return unit, [entry[1] for entry in unit]
+            return unit, [entry[1] for entry in unit], []
         admitted: list[Handed] = []
         items: list[Item] = []
-        for entry in unit:
-            item = await self._admit(entry)
+        for place, entry in enumerate(unit):
+            try:
+                item = await self._admit(entry)
+            except DeliveryError:
+                if not admitted:
+                    raise
+                return admitted, items, unit[place:]
             if item is not None:
                 admitted.append(entry)
                 items.append(item)
-        return admitted, items
+        return admitted, items, []
 
     @property
     def _has_conditions(self) -> bool:
@@ -246,7 +354,56 @@ class Outlet(ABC):
             or options.model is not None
         )
 
+    async def _is_parked(self, unit: Sequence[Handed]) -> bool:
+        """Whether changes have to wait in the dead-letter store; then they are there, and taken."""
+        parking = self._services.parking
+        if parking is None or not parking.is_used:
+            return False
+        parts = self._parts(unit)
+        if not any(parking.may_block(route, keys) for route, _, keys in parts):
+            return False
+        # What a transactional handler has applied comes again after a crash: parked, a replay would
+        # apply it once more. Where the letters are gone, a replay may just have applied it.
+        if await self._is_applied(unit):
+            return True
+        if not await parking.park(parts):
+            return await self._is_applied(unit)
+        self.counts.parked += len(unit)
+        self._take(unit)
+        return True
+
+    async def _is_applied(self, unit: Sequence[Handed]) -> bool:
+        """Whether it is recorded that changes were applied; then they are taken."""
+        for _, item, _, _ in unit:
+            if not await self.caller.has_applied(item):
+                return False
+        self.counts.redelivered += len(unit)
+        self._delivered(unit)
+        return True
+
+    def _parts(self, unit: Sequence[Handed]) -> list[Part]:
+        key = self._options.key
+        return [(route.name, item, _keys(item, key)) for route, item, _, _ in unit]
+
+    def _modelled(self, item: Item) -> Item | Exception:
+        """Return what the handler gets, or why its model does not take the row.
+
+        Raises:
+            StreamBroken: the change is not what wal2json writes.
+        """
+        model = self._options.model
+        if model is None or not isinstance(item, Change):
+            return item
+        try:
+            return model.apply(item)
+        except StreamBroken:
+            raise
+        except Exception as error:  # noqa: BLE001 - a validator is the user's code
+            return error
+
     async def _wait_until_visible(self, item: Item) -> None:
+        if not self._options.visible:
+            return
         transaction = item.transaction
         if transaction is not None and transaction.xid != self._visible_xid:
             await self._services.wait_until_visible(transaction.xid)
@@ -261,14 +418,15 @@ class Outlet(ABC):
             DeliveryError: it is not, and the policy is to stop.
             asyncio.CancelledError: the task was cancelled, whatever the handler made of that.
         """
-        unit, items = await self._admit_all(unit)
-        if not unit:
-            return
-        error = await self._try(items, slot)
-        if error is None:
-            self._delivered(unit)
-        else:
-            await self._recover(unit, items, error, slot)
+        while unit:
+            admitted, items, unit = await self._admit_all(unit)
+            if not admitted:
+                return
+            error = await self._try(items, slot)
+            if error is None:
+                self._delivered(admitted)
+            else:
+                await self._recover(admitted, items, error, slot)
 
     async def _try(self, items: Sequence[Item], slot: Slot) -> BaseException | None:
         """Call once; return what it raised."""
@@ -278,7 +436,7 @@ class Outlet(ABC):
         except (Exception, asyncio.CancelledError) as raised:
             _pass_cancellation()
             if not isinstance(self.destination, Handler) and not isinstance(
-                raised, OSError | SinkFailed | OutputClosed
+                raised, OSError | SinkFailed | OutputClosed | asyncio.CancelledError
             ):
                 raise  # a sink's own mistake
             slot.end()
@@ -288,30 +446,47 @@ class Outlet(ABC):
         return error
 
     async def _recover(
-        self, unit: list[Handed], items: list[Item], error: BaseException, slot: Slot
+        self,
+        unit: list[Handed],
+        items: list[Item],
+        error: BaseException,
+        slot: Slot,
+        attempts: int = 1,
     ) -> None:
-        """Try again, as often as the policy says; then do what it says."""
+        """Try again, as often as the policy says; then do what it says.
+
+        Args:
+            unit: what was called for at once.
+            items: what it was called with.
+            error: what the last call raised.
+            slot: of that call.
+            attempts: how many there were.
+        """
         policy = _policy(unit[0])
-        started = time.monotonic()
-        attempt, outages = 1, 0
+        started = slot.since
+        outages = 0
         while True:
-            if isinstance(error, Unavailable):  # not the change's fault: it is waited out
+            is_outage = isinstance(error, Unavailable)
+            if is_outage:  # not the change's fault: it is waited out, and is no attempt
+                attempts -= 1
                 outages += 1
                 pause: float | None = policy.backoff.pause_seconds(outages)
             else:
-                pause = _pause(policy, attempt, error, time.monotonic() - started)
-                attempt += 1
+                pause = _pause(policy, attempts, error, time.monotonic() - started)
             if pause is None:
-                await self._give_up(unit, items, error, attempt - 1, slot)
+                await self._give_up(unit, items, error, attempts, slot)
                 return
-            self._tell_retry(items[0], attempt - 1, pause, error)
+            self._tell_retry(items[0], attempts, pause, error)
             if not await self._flow.pause(pause):
                 raise _CutShort
+            if is_outage:
+                started = time.monotonic()
             again = await self._try(items, slot)
             if again is None:
                 self._delivered(unit)
                 return
             error = again
+            attempts += 1
 
     async def _give_up(
         self,
@@ -325,59 +500,69 @@ class Outlet(ABC):
         if isinstance(error, _NEVER_AGAIN):
             raise self._failure(items[0], error, attempts)
         if len(unit) == 1 or self._options.transactions:
-            for entry, item in zip(unit, items, strict=True):
-                await self._put_aside(entry, item, error, attempts)
+            await self._put_aside(unit, error, attempts)
             return
         if all(_policy(entry).on_failure is OnFailure.STOP for entry in unit):
             raise self._failure(items[0], error, attempts)
         for entry in unit:
-            # Of two changes of one row the second one is parked once the first one has failed.
-            admitted = await self._admit(entry)
-            if admitted is None:
-                continue
-            alone = await self._try([admitted], slot)
-            if alone is None:
-                self._delivered([entry])
-            else:
-                await self._put_aside(entry, admitted, alone, attempts + 1)
+            if self._flow.halt is Halt.FINISH_CALLS:
+                raise _CutShort
+            await self._deliver_alone(entry, attempts, slot)
 
-    async def _put_aside(
-        self, entry: Handed, item: Item, error: BaseException, attempts: int
-    ) -> None:
-        """Stop, skip a change, or keep it in the dead-letter store.
+    async def _deliver_alone(self, entry: Handed, attempts: int, slot: Slot) -> None:
+        """Deliver one change of a unit that was not taken; its attempts count on."""
+        # Of two changes of one row the second one is parked once the first one has failed.
+        item = await self._admit(entry)
+        if item is None:
+            return
+        self.counts.retries += 1
+        error = await self._try([item], slot)
+        if error is None:
+            self._delivered([entry])
+        else:
+            await self._recover([entry], [item], error, slot, attempts + 1)
+
+    async def _put_aside(self, unit: Sequence[Handed], error: BaseException, attempts: int) -> None:
+        """Stop, skip changes, or keep them in the dead-letter store.
+
+        Args:
+            unit: one change, or those of a transaction.
+            error: why.
+            attempts: how many there were.
 
         Raises:
-            DeliveryError: the policy is to stop, or the store does not take it.
+            DeliveryError: the policy is to stop, or the store does not take them.
         """
-        route, as_routed, _, _ = entry
-        policy = _policy(entry)
+        route, item, _, _ = unit[0]
+        policy = _policy(unit[0])
         if policy.on_failure is OnFailure.STOP:
             raise self._failure(item, error, attempts)
         described = self._services.describe(error)
         if policy.on_failure is OnFailure.SKIP:
-            self.counts.skipped += 1
+            self.counts.skipped += len(unit)
             log.error(
                 "change_skipped",
                 route=route.name,
                 change=item.id,
+                changes=len(unit),
                 attempts=attempts,
                 error=described,
             )
         else:
             parking = self._services.parking
             assert parking is not None  # noqa: S101 - made when a route asks for it
-            keys = _keys(as_routed, self._options.key)
             trace = "".join(traceback.format_tb(error.__traceback__))
-            await parking.put_aside(route.name, as_routed, keys, attempts, described, trace)
-            self.counts.dead_lettered += 1
+            await parking.put_aside(self._parts(unit), attempts, described, trace)
+            self.counts.dead_lettered += len(unit)
             log.error(
                 "change_dead_lettered",
                 route=route.name,
                 change=item.id,
+                changes=len(unit),
                 attempts=attempts,
                 error=described,
             )
-        self._take([entry])
+        self._take(unit)
 
     def _failure(self, item: Item, error: BaseException, attempts: int) -> WalstreamError:
         """Return what stops the stream."""
@@ -387,13 +572,15 @@ class Outlet(ABC):
             HandlerFailed if isinstance(self.destination, Handler) else SinkFailed
         )
         if isinstance(error, NotRun):
-            message = f"{self.name} did not take change {item.id}: {error.message}"
-            failure: DeliveryError = kind(message, hint=f"{error.hint}; {_COMES_AGAIN}")
+            why = f": {error.message}"
         else:
             times = f"in {attempts} attempts" if attempts > 1 else "in its only attempt"
-            described = self._services.describe(error)
-            message = f"{self.name} did not take change {item.id} {times}: {described}"
-            failure = kind(message, hint=f"mend the cause and start again; {_COMES_AGAIN}")
+            why = f" {times}: {self._services.describe(error)}"
+        hint = error.hint if isinstance(error, WalstreamError) else ""
+        failure = kind(
+            f"{self.name} did not take change {item.id}{why}",
+            hint=f"{hint or 'mend the cause and start again'}; {_COMES_AGAIN}",
+        )
         failure.__cause__ = error
         return failure
 
@@ -422,12 +609,12 @@ class Outlet(ABC):
         for _, _, ticket, its_bytes in unit:
             if ticket is not current:
                 if current is not None:
-                    self._flow.take(current, count, size_bytes)
+                    self._took(current, count, size_bytes)
                 current, count, size_bytes = ticket, 0, 0
             count += 1
             size_bytes += its_bytes
         if current is not None:
-            self._flow.take(current, count, size_bytes)
+            self._took(current, count, size_bytes)
 
 
 class PlainOutlet(Outlet):
@@ -442,9 +629,11 @@ class PlainOutlet(Outlet):
                     await self._deliver([entry], slot)
             else:
                 await self._call_all(slot)
+                if self._waiting:
+                    await asyncio.sleep(0)
 
     async def _call_all(self, slot: Slot) -> None:
-        """Call for all that waits; what was called is taken when a transaction is through."""
+        """Call for what waits; what was called is taken when a transaction is through."""
         handler = self.destination
         assert isinstance(handler, Handler)  # noqa: S101 - see outlet_of
         function = handler.function
@@ -453,7 +642,7 @@ class PlainOutlet(Outlet):
         assert task is not None  # noqa: S101 - set by _work
         current: Ticket | None = None
         count = size_bytes = 0
-        while waiting:
+        for _ in range(min(len(waiting), MAX_ASYNC_RUN)):
             entry = waiting.popleft()
             _, item, ticket, its_bytes = entry
             if ticket is not current or flow.halt:
@@ -462,7 +651,7 @@ class PlainOutlet(Outlet):
                 count = size_bytes = 0
                 current = ticket
                 if not flow.may_begin(ticket):
-                    flow.drop(entry)
+                    self._drop(entry)
                     continue
             slot.item = item
             slot.since = monotonic()
@@ -488,7 +677,7 @@ class PlainOutlet(Outlet):
 
     def _called(self, ticket: Ticket, count: int, size_bytes: int) -> None:
         self.counts.delivered += count
-        self._flow.take(ticket, count, size_bytes)
+        self._took(ticket, count, size_bytes)
 
 
 class ThreadOutlet(Outlet):
@@ -497,7 +686,9 @@ class ThreadOutlet(Outlet):
     async def _work(self) -> None:
         slot = self._slots[0]
         while await self._more():
-            unit, items = await self._admit_all(self._next_run())
+            unit, items, rest = await self._admit_all(self._next_run())
+            # It waits in front of all that has come since, or commit order would be lost.
+            self._waiting.extendleft(reversed(rest))
             if unit:
                 await self._call_each(unit, items, slot)
 
@@ -513,14 +704,17 @@ class ThreadOutlet(Outlet):
         caller = self.caller
         assert isinstance(caller, ThreadCaller)  # noqa: S101 - see outlet_of
         slot.begin(items[0])
-        done, repeated, error = await caller.call_each(items, slot)
+        done, repeated, error = await caller.call_each(items, slot, self._may_go_on)
         slot.end()
         self.counts.redelivered += repeated
         self._delivered(unit[:done])
+        is_failed = error is not None
+        self._waiting.extendleft(reversed(unit[done + is_failed :]))
         if error is not None:
-            # The rest waits in front of all that has come since, or commit order would be lost.
-            self._waiting.extendleft(reversed(unit[done + 1 :]))
             await self._recover([unit[done]], [items[done]], error, slot)
+
+    def _may_go_on(self) -> bool:
+        return self._flow.halt is not Halt.FINISH_CALLS
 
 
 class UnitOutlet(Outlet):
@@ -530,7 +724,7 @@ class UnitOutlet(Outlet):
         slot = self._slots[0]
         limit = self._limit
         while await self._more():
-            if self._options.batch:
+            if self._options.batch and not self._has_batch:
                 await self._linger()
             unit = self._next(limit)
             if unit:
@@ -541,22 +735,6 @@ class UnitOutlet(Outlet):
         if isinstance(self.destination, Handler):
             return self._options.batch or 1
         return MAX_SINK_BATCH
-
-    async def _linger(self) -> None:
-        """Wait for the rest of a batch, as long as the handler wants to."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self._options.linger_seconds
-        timer = loop.call_at(end, self.wake)
-        try:
-            while (
-                len(self._waiting) < self._options.batch
-                and loop.time() < end
-                and not (self._flow.is_closed or self._flow.halt)
-            ):
-                self._news.clear()
-                await self._news.wait()
-        finally:
-            timer.cancel()
 
 
 class TransactionOutlet(Outlet):
@@ -586,14 +764,16 @@ class TransactionOutlet(Outlet):
         self._refused = None
         self._units.clear()
 
-    def add(self, handed: Iterable[Handed]) -> None:
+    def add(self, handed: Sequence[Handed]) -> None:
         """Collect changes until their transaction is complete, or too large."""
+        if self._has_let_go:
+            return
         for entry in handed:
             ticket = entry[2]
             if self._collected and self._collected[0][2] is not ticket:
                 self._complete()
             if ticket is self._refused:
-                self._let_wait([entry], is_refused=True)
+                self._refuse_too(entry)
                 continue
             self._collected.append(entry)
             self._collected_bytes += entry[3]
@@ -616,30 +796,53 @@ class TransactionOutlet(Outlet):
         self._let_wait(unit, is_refused=is_refused)
 
     def _let_wait(self, unit: list[Handed], *, is_refused: bool) -> None:
-        for entry in unit:
-            self._flow.add(entry)
+        self._count(unit)
         self._units.append((unit, is_refused))
+
+    def _refuse_too(self, entry: Handed) -> None:
+        """Refuse what still comes of a transaction that is too large."""
+        if self._units and self._units[-1][0][0][2] is entry[2]:
+            self._count([entry])
+            self._units[-1][0].append(entry)
+        else:
+            self._let_wait([entry], is_refused=True)
 
     async def _work(self) -> None:
         slot = self._slots[0]
-        while await self._more_units():
+        while await self._more():
             unit, is_refused = self._units.popleft()
             if not self._flow.may_begin(unit[0][2]):
                 for entry in unit:
-                    self._flow.drop(entry)
-                continue
-            if is_refused:
+                    self._drop(entry)
+            elif is_refused:
                 await self._refuse(unit)
             else:
                 await self._deliver(unit, slot)
 
-    async def _more_units(self) -> bool:
-        while not self._units:
-            if self._flow.is_closed or self._flow.halt is Halt.FINISH_CALLS:
-                return False
-            self._news.clear()
-            await self._news.wait()
-        return self._flow.halt is not Halt.FINISH_CALLS
+    @property
+    def _is_waiting(self) -> bool:
+        return bool(self._units)
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._collected = []
+        self._units.clear()
+
+    async def _admit_all(self, unit: list[Handed]) -> tuple[list[Handed], list[Item], list[Handed]]:
+        """Return a transaction as a whole, or nothing when one of its changes cannot be called."""
+        if not self._has_conditions:
+            return unit, [entry[1] for entry in unit], []
+        if await self._is_parked(unit):
+            return [], [], []
+        items: list[Item] = []
+        for _, as_routed, _, _ in unit:
+            await self._wait_until_visible(as_routed)
+            item = self._modelled(as_routed)
+            if isinstance(item, Exception):
+                await self._put_aside(unit, item, 1)
+                return [], [], []
+            items.append(item)
+        return unit, items, []
 
     async def _refuse(self, unit: list[Handed]) -> None:
         error = TransactionTooLarge(
@@ -648,8 +851,7 @@ class TransactionOutlet(Outlet):
             hint="raise max_transaction_changes or stream.max_in_flight_bytes, take batches"
             " instead of transactions, or narrow the route",
         )
-        for entry in unit:
-            await self._put_aside(entry, entry[1], error, 1)
+        await self._put_aside(unit, error, 1)
 
 
 class LaneOutlet(Outlet):
@@ -661,12 +863,14 @@ class LaneOutlet(Outlet):
         self._lanes: Lanes[Handed] = Lanes()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._busy = 0
-        self._failed: WalstreamError | None = None
+        self._is_lingering = False
+        self._has_failed = False
+        self._is_cut_short = False
 
     @property
     def waiting(self) -> int:
-        """How many changes wait for a call, or are in one."""
-        return len(self._lanes)
+        """How many changes wait for a call."""
+        return self._lanes.waiting
 
     def attach(self) -> None:
         """Forget what the last session has left: it comes again."""
@@ -674,19 +878,25 @@ class LaneOutlet(Outlet):
         self._lanes = Lanes()
         self._idle.clear()
         self._busy = 0
-        self._failed = None
+        self._is_lingering = self._has_failed = self._is_cut_short = False
 
-    def add(self, handed: Iterable[Handed]) -> None:
+    def add(self, handed: Sequence[Handed]) -> None:
         """Let changes wait for those before them that are about the same rows."""
+        if self._has_let_go:
+            return
+        self._count(handed)
         key = self._options.key
         for entry in handed:
-            self._flow.add(entry)
             self._lanes.add(entry, _keys(entry[1], key))
         self.wake()
 
     def wake(self) -> None:
         """Wake as many workers as there is work for; all when there will be no more."""
-        count = len(self._slots) if self._is_over else self._lanes.ready
+        self._news.set()
+        is_over = self._is_over
+        if self._is_lingering and not is_over:
+            return  # the one that lingers wakes the others
+        count = len(self._slots) if is_over else self._lanes.ready
         while self._idle and count > 0:
             waiter = self._idle.popleft()
             if not waiter.done():
@@ -694,50 +904,73 @@ class LaneOutlet(Outlet):
                 count -= 1
 
     async def _work(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for slot in self._slots:
-                group.create_task(self._work_in_lanes(slot))
-        if self._failed is not None:
-            raise self._failed
+        await run_together(
+            [self._work_in_lanes(slot) for slot in self._slots],
+            on_failure=self._fail,
+            drain_seconds=self._services.drain_seconds,
+        )
+        if self._is_cut_short:
+            raise _CutShort
+
+    def _fail(self) -> None:
+        """Let the calls in hand of the other workers finish, and nothing else."""
+        self._has_failed = True
+        self._flow.begin_no_more(Halt.FINISH_BEGUN)
+        self.wake()
 
     @property
     def _is_over(self) -> bool:
         """Whether a worker that finds nothing to do may go."""
-        return (
-            self._failed is not None
-            or self._flow.halt is Halt.FINISH_CALLS
-            # What is left then waits behind attempts that were cut short.
-            or (self._flow.is_closed and not self._lanes.ready and not self._busy)
-        )
+        if self._has_failed or self._flow.halt is Halt.FINISH_CALLS:
+            return True
+        # What is left then waits behind attempts that were cut short.
+        will_be_no_more = self._flow.is_closed or self._is_cut_short
+        return will_be_no_more and not self._lanes.ready and not self._busy
 
     async def _work_in_lanes(self, slot: Slot) -> None:
-        limit = self._options.batch or 1
-        while entries := await self._next_entries(limit):
+        while entries := await self._next_entries():
             self._busy += 1
             try:
-                unit = self._begin(entries)
-                if unit:
+                if unit := self._begin(entries):
                     await self._deliver(unit, slot)
                 self._lanes.done(entries)
             except _CutShort:
-                pass
-            except WalstreamError as failure:
-                # The calls in hand of the other workers are let finish.
-                self._failed = self._failed or failure
+                self._is_cut_short = True
+            except Exception:
+                self._fail()
+                raise
             finally:
                 self._busy -= 1
                 self.wake()
 
-    async def _next_entries(self, limit: int) -> list[Entry[Handed]]:
+    async def _next_entries(self) -> list[Entry[Handed]]:
+        """Wait for something to do; return nothing when there will be nothing more."""
+        await self._breathe()
+        limit = self._options.batch or 1
+        has_lingered = False
         while not self._is_over:
-            if limit > 1 and 0 < self._lanes.ready < limit and not self._flow.is_closed:
-                await self._flow.pause(self._options.linger_seconds)
-            if entries := self._lanes.take(limit):
+            if not self._lanes.ready or self._is_lingering:
+                waiter = asyncio.get_running_loop().create_future()
+                self._idle.append(waiter)
+                await waiter
+                has_lingered = False
+            elif limit == 1 or has_lingered or self._has_batch:
+                entries = self._lanes.take(limit)
+                if has_lingered:
+                    self.wake()  # the others have waited for that
                 return entries
-            waiter = asyncio.get_running_loop().create_future()
-            self._idle.append(waiter)
-            await waiter
+            else:
+                await self._linger_alone()
+                has_lingered = True
         return []
+
+    async def _linger_alone(self) -> None:
+        """Linger for all: what comes is one batch, and not one for each worker."""
+        self._is_lingering = True
+        try:
+            await self._linger()
+        finally:
+            self._is_lingering = False
 
     def _begin(self, entries: Sequence[Entry[Handed]]) -> list[Handed]:
         """Return what may be begun; the rest is dropped, and comes again."""
@@ -746,7 +979,7 @@ class LaneOutlet(Outlet):
             if self._flow.may_begin(entry.item[2]):
                 unit.append(entry.item)
             else:
-                self._flow.drop(entry.item)
+                self._drop(entry.item)
         return unit
 
 
@@ -764,6 +997,37 @@ def outlet_of(destination: Destination, caller: Caller, services: Services) -> O
     if not destination.is_async:
         return ThreadOutlet(destination, caller, services)
     return (PlainOutlet if options.is_plain else UnitOutlet)(destination, caller, services)
+
+
+async def run_together(
+    coroutines: Iterable[Coroutine[Any, Any, None]],
+    *,
+    on_failure: Callable[[], None],
+    drain_seconds: float,
+) -> None:
+    """Run until all have returned, or one has failed and the others have finished.
+
+    Args:
+        coroutines: what to run.
+        on_failure: called when one fails while others still run: they shall finish.
+        drain_seconds: how long they may take for that.
+
+    Raises:
+        Exception: what one of them raised.
+    """
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            on_failure()
+            await asyncio.wait(pending, timeout=drain_seconds)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
 
 
 def _keys(item: Item, columns: Sequence[str] | None) -> tuple[Key, ...]:

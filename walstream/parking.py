@@ -7,14 +7,18 @@ remembered here only saves asking it about rows that never had a letter.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from typing import TypeAlias
 
 from walstream.changes import Change
 from walstream.dead_letters.letters import DeadLetter, payload_of
 from walstream.dead_letters.store import DeadLetterStore
 from walstream.destinations import Item
 from walstream.keys import WHOLE_TABLE, Key
+
+Part: TypeAlias = tuple[str, Item, tuple[Key, ...]]
+"""Of what is parked or put aside at once: the route, the change as it sees it, and its keys."""
 
 
 class Parking:
@@ -56,51 +60,63 @@ class Parking:
                 return True
         return False
 
-    async def park(self, route: str, item: Item, keys: tuple[Key, ...]) -> bool:
-        """Keep a change behind the letters of its rows; False when there are none any more.
+    async def park(self, parts: Sequence[Part]) -> bool:
+        """Keep changes behind the letters of their rows: all of them, when one has to wait there.
+
+        False when none has any more: then none is kept.
 
         Raises:
-            DeadLettersFull: there is no room for it.
-            DeadLetterStoreFailed: the store cannot take it.
+            DeadLettersFull: there is no room for them.
+            DeadLetterStoreFailed: the store cannot take them.
         """
-        letter = _letter(route, item, keys, parked=True)
-        (is_parked,) = await self._store.park([letter])
-        if is_parked:
+        letters = [_letter(*part, parked=True) for part in parts]
+        are_parked = await self._store.park(letters)
+        if not any(are_parked):
+            for route, _, keys in parts:
+                self._forget(route, keys)
+            return False
+        others = [
+            letter for letter, is_parked in zip(letters, are_parked, strict=True) if not is_parked
+        ]
+        if others:
+            await self._store.add(others)
+        for route, _, keys in parts:
             self._remember(route, keys)
-        elif not any(values == WHOLE_TABLE for _, values in keys):
-            self._forget(route, keys)
-        return is_parked
+        return True
 
     async def put_aside(
-        self,
-        route: str,
-        item: Item,
-        keys: tuple[Key, ...],
-        attempts: int,
-        error: str,
-        traceback: str,
+        self, parts: Sequence[Part], attempts: int, error: str, traceback: str
     ) -> None:
-        """Keep a change that was not delivered; it is durable when this returns.
+        """Keep changes that were not delivered, all or none; durable when this returns.
 
         Raises:
-            DeadLettersFull: there is no room for it.
-            DeadLetterStoreFailed: the store cannot take it.
+            DeadLettersFull: there is no room for them.
+            DeadLetterStoreFailed: the store cannot take them.
         """
-        letter = _letter(
-            route, item, keys, attempts=attempts, error=error, traceback=traceback, parked=False
+        await self._store.add(
+            [
+                _letter(*part, attempts=attempts, error=error, traceback=traceback, parked=False)
+                for part in parts
+            ]
         )
-        await self._store.add([letter])
-        self._remember(route, keys)
+        for route, _, keys in parts:
+            self._remember(route, keys)
 
     def _remember(self, route: str, keys: Iterable[Key]) -> None:
         for table, values in keys:
             self._blocked[route][table].add(values)
 
     def _forget(self, route: str, keys: Iterable[Key]) -> None:
-        """Its rows have no letters now; what is remembered of the whole table stays."""
+        """The store has no letter that conflicts with these keys, of the whole table either."""
         tables = self._blocked[route]
         for table, values in keys:
-            tables[table].discard(values)
+            left = set() if values == WHOLE_TABLE else tables[table] - {values, WHOLE_TABLE}
+            if left:
+                tables[table] = left
+            else:
+                tables.pop(table, None)
+        if not tables:
+            del self._blocked[route]
 
 
 def _letter(  # noqa: PLR0913 - the parts of a letter

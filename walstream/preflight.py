@@ -8,6 +8,7 @@ from typing import Final
 
 from walstream.catalog import Catalog, Server
 from walstream.changes import Relation
+from walstream.destinations import Handler
 from walstream.errors import ConfigError, DatabaseUnfit, RelationMissing, SetupError
 from walstream.filters import Literal, literals
 from walstream.postgres import RAISE_WAL_LEVEL
@@ -85,6 +86,7 @@ def checked_literals(
     if route.projection is not None:
         route.projection.check(columns, relation)
     _check_changed(route, columns, relation)
+    _check_handler(route, columns, relation)
     return [] if route.where is None else literals(route.where, columns, types)
 
 
@@ -95,6 +97,24 @@ def _check_changed(route: Route, columns: Collection[str], relation: Relation) -
             f"{relation} has no column {', '.join(map(repr, unknown))}, which is to have changed",
             hint=f"its columns are {', '.join(columns)}",
         )
+
+
+def _check_handler(route: Route, columns: Collection[str], relation: Relation) -> None:
+    """Refuse a key, or a model's field, whose column the handler does not see."""
+    if not isinstance(route.destination, Handler):
+        return
+    options = route.destination.options
+    seen = [name for name in columns if route.projection is None or route.projection.passes(name)]
+    wanted = {"key": [name for name in options.key or () if name not in seen]}
+    if options.model is not None:
+        wanted[f"model {options.model.name}"] = options.model.missing_columns(seen)
+    for what, missing in wanted.items():
+        if missing:
+            raise RelationMissing(
+                f"the {what} needs {', '.join(map(repr, missing))}, which the route does not"
+                f" see of {relation}",
+                hint=f"it sees {', '.join(seen)}",
+            )
 
 
 async def _missing(catalog: Catalog, relation: Relation) -> RelationMissing:

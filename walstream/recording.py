@@ -175,8 +175,10 @@ class Recorder:
         if self._file.closed:
             return
         try:
-            self._drop_unfinished()
-            self._file.close()
+            try:
+                self._drop_unfinished()
+            finally:
+                self._file.close()
         except OSError as error:
             raise self._failed(error) from None
 
@@ -405,10 +407,6 @@ class RecordedCatalog(Catalog):
 
     async def renew_types(self) -> None:
         """The recording has no newer ones."""
-
-    async def partitions_changed(self) -> bool:
-        """The recording has a new shape when they did."""
-        return False
 
     async def normalise(self, literals: Sequence[Literal]) -> dict[Literal, str]:
         """Read a filter's values, without a server if there is none.

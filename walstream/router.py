@@ -43,6 +43,14 @@ _UPDATE: Final = Operation.UPDATE
 _DELETE: Final = Operation.DELETE
 _TRUNCATE: Final = Operation.TRUNCATE
 
+DEAD_LETTER_TABLES: Final = ("dead_letters", "dead_letter_keys", "dead_letters_version")
+
+OWN_TABLES: Final = frozenset(
+    Relation("walstream", name) for name in (*DEAD_LETTER_TABLES, "progress", "replayed")
+)
+"""What walstream writes itself: with a pattern such as ``*.*`` nobody means these. A route that
+fails would make a dead letter of each row of a dead letter, and so on without end."""
+
 _PLAIN: Final = re.compile(r'[^".*]+')
 _NAME: Final = re.compile(r'"((?:[^"]|"")+)"|([^".*]+)|(\*)')
 
@@ -113,6 +121,9 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     REPLICA IDENTITY FULL it carries the key's columns alone.
 
     ``policy`` is what the destination wants done when it fails; the router only carries it.
+
+    ``own_tables`` are walstream's own: a pattern does not cover them, a route that names one gets
+    it.
     """
 
     name: str
@@ -125,9 +136,12 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     leaving: bool = False
     changed: tuple[str, ...] = ()
     policy: Any = None
+    own_tables: frozenset[Relation] = OWN_TABLES
 
     def wants(self, relation: Relation, ancestors: Iterable[Relation]) -> bool:
         """Whether the route's table is this one, or one that this one is a partition of."""
+        if relation in self.own_tables and self.pattern.relation is None:
+            return False
         return any(self.pattern.covers(candidate) for candidate in (relation, *ancestors))
 
     def wants_operation(self, operation: Operation) -> bool:
@@ -253,6 +267,13 @@ class Router:
         self.message_counts = [RouteCounts() for _ in self.message_routes]
         self._bound: dict[Layout, dict[Operation, _Candidates]] = {}
         self._terms: dict[Layout, _Terms] = {}
+
+    def counted(self) -> list[tuple[Route | MessageRoute, RouteCounts]]:
+        """List all routes with what became of their changes and messages."""
+        return [
+            *zip(self.routes, self.counts, strict=True),
+            *zip(self.message_routes, self.message_counts, strict=True),
+        ]
 
     def unbind(self) -> None:
         """Forget all layouts: a new stream brings its own."""
@@ -525,8 +546,7 @@ def _explain(
 ) -> Explanation:
     operation = change.operation
     if bound is None:
-        names = " of ".join(map(str, (change.relation, *change.layout.ancestors)))
-        return Explanation(route.name, Rule.TABLE, f"is for {route.pattern}, not for {names}")
+        return Explanation(route.name, Rule.TABLE, _elsewhere(route, change))
     if not route.wants_operation(operation):
         return _unwanted(route, operation)
     seen = _keep(msgspec.structs.replace(bound, counts=RouteCounts()), change)
@@ -534,6 +554,13 @@ def _explain(
         return _kept(bound, change, seen)
     rule, reason = _whether_filtered(bound, normalised, change) or _unchanged(route, change)
     return Explanation(route.name, rule, reason)
+
+
+def _elsewhere(route: Route, change: Change) -> str:
+    if route.pattern.covers(change.relation):
+        return f"is for {route.pattern}, which does not mean walstream's own {change.relation}"
+    names = " of ".join(map(str, (change.relation, *change.layout.ancestors)))
+    return f"is for {route.pattern}, not for {names}"
 
 
 def _unwanted(route: Route, operation: Operation) -> Explanation:

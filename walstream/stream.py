@@ -133,7 +133,7 @@ class Session:
         self._check_routes = check_routes
         self._until = until
         self._reached_until = False
-        self._received_lsn = ZERO
+        self._received_lsn = acknowledger.flush_lsn
         self._aborted = False
         self._stopping = False
         self._stopped_because: WalstreamError | None = None
@@ -177,7 +177,8 @@ class Session:
                     task.cancel()
         except ExceptionGroup as failures:
             await self._confirm()
-            raise _first(failures) from None
+            first = _first(failures)
+            raise first from first.__cause__
         except asyncio.CancelledError:
             with contextlib.suppress(WalstreamError):
                 self._send_status()  # nobody waits for more

@@ -18,6 +18,10 @@ slot and route tells everything. Three things hold that up:
 - The names of transactional routes are unique within a slot and stay: a route with a new name
   knows of nothing that was applied before.
 
+A dead letter is replayed after changes that came behind it. Its position is recorded by itself, in
+``walstream.replayed``, and that of the route stays: the daemon may have parked the letter while
+changes before it were still to be applied.
+
 The row is locked while a handler works. Of two processes, such as one that is stuck and its
 successor, the second one waits for the first, sees the position that it recorded, and applies only
 what lies beyond it.
@@ -29,8 +33,8 @@ crash may take back what was confirmed, and such changes do not come again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final, TypeAlias
 
 import psycopg
@@ -105,7 +109,9 @@ class TransactionalTarget:
     None. What a handler sets on the connection stays until the connection is renewed.
     """
 
-    def __init__(self, dsn: str, *, slot: str, route: str, application_name: str) -> None:
+    def __init__(
+        self, dsn: str, *, slot: str, route: str, application_name: str, replaying: bool = False
+    ) -> None:
         """Name the database and the row of the table.
 
         Args:
@@ -113,13 +119,17 @@ class TransactionalTarget:
             slot: from which the changes come.
             route: unique among the transactional routes of the slot.
             application_name: as the database shows it.
+            replaying: what comes are dead letters. They may lie before what is recorded, and are
+                applied unless they themselves are recorded as replayed.
         """
         self._dsn = dsn
         self._application_name = application_name
         self._route = route
-        self._statements = _Statements(slot, route)
+        self._replaying = replaying
+        self._statements = (_ReplayStatements if replaying else _Statements)(slot, route)
         self._systemid = ""
         self._recorded = NOTHING  # at least; the table knows better
+        self._replayed: frozenset[Position] = frozenset()
         self._connection: _HandlersAsyncConnection | None = None
         self._thread_connection: _HandlersConnection | None = None
         self._in_thread = threading.Lock()
@@ -143,19 +153,41 @@ class TransactionalTarget:
         """
         self._is_closed = False
         self._systemid = systemid
-        try:
-            connection = await connect(self._dsn, application_name=self._application_name)
-        except WalstreamError as error:
-            raise self._unreachable(error) from None
-        try:
-            with self._asking():
-                row = await self._prepare(connection)
-        finally:
-            await connection.close()
+        async with self._questions() as connection:
+            row = await self._prepare(connection)
+            replayed = await (await connection.execute(self._statements.replayed)).fetchall()
+        self._replayed = frozenset((Lsn.parse(end_lsn), ordinal) for end_lsn, ordinal in replayed)
         recorded = self._position(row)
         if recorded[0] > flush_lsn:
             raise self._beyond(recorded[0], flush_lsn)
         self._recorded = recorded
+
+    async def has_applied(self, item: Item) -> bool:
+        """Ask whether an item has been applied, in its turn or as a dead letter.
+
+        For what would be parked: it may come again after a crash. While replaying nothing is known.
+
+        Raises:
+            TargetUnavailable, SetupError: as `open`.
+        """
+        if self._replaying:
+            return False
+        if position_of(item) <= self._recorded:
+            return True
+        async with self._questions() as connection:
+            row = await _ask(connection, self._statements.applied(position_of(item)))
+        return row is not None
+
+    async def forget_replayed(self) -> None:
+        """Remove what was recorded of replayed letters that the route's position covers by now.
+
+        To be called when the route has no letters any more.
+
+        Raises:
+            TargetUnavailable, SetupError: as `open`.
+        """
+        async with self._questions() as connection:
+            await connection.execute(self._statements.forget)
 
     async def run(
         self, items: Sequence[Item], call: Callable[[list[Item], AsyncConnection], Awaitable[None]]
@@ -215,9 +247,25 @@ class TransactionalTarget:
 
     # The table
 
+    @asynccontextmanager
+    async def _questions(self) -> AsyncIterator[AsyncConnection[TupleRow]]:
+        """Open a connection of our own, outside of the handler's transactions."""
+        try:
+            connection = await connect(self._dsn, application_name=self._application_name)
+        except WalstreamError as error:
+            raise self._unreachable(error) from None
+        try:
+            with self._asking():
+                yield connection
+        finally:
+            await connection.close()
+
     async def _prepare(self, connection: AsyncConnection[TupleRow]) -> TupleRow | None:
         """Make what is missing, and read the row."""
-        there = await connection.execute("SELECT to_regclass('walstream.progress') IS NOT NULL")
+        there = await connection.execute(
+            "SELECT num_nulls(to_regclass('walstream.progress'),"
+            " to_regclass('walstream.replayed')) = 0"
+        )
         if await there.fetchone() == (False,):
             await connection.execute(_CREATE)
         await connection.execute(self._statements.insert(self._systemid))
@@ -234,7 +282,7 @@ class TransactionalTarget:
         """
         if row is None:  # somebody wants to begin anew, and has deleted it in this very moment
             return NOTHING
-        end_lsn, ordinal, systemid = row
+        end_lsn, ordinal, systemid = row[:3]
         if systemid != self._systemid:
             message = (
                 f"walstream.progress has recorded positions of the cluster {systemid} for this slot"
@@ -261,11 +309,21 @@ class TransactionalTarget:
 
     def _beyond_row(self, row: TupleRow | None, items: Sequence[Item]) -> list[Item]:
         self._recorded = self._position(row)
-        return self._beyond_recorded(items)
+        if not self._replaying:
+            return self._beyond_recorded(items)
+        replayed = set() if row is None else {_parse_position(text) for text in row[3]}
+        return [item for item in items if position_of(item) not in replayed]
 
     def _beyond_recorded(self, items: Sequence[Item]) -> list[Item]:
-        recorded = self._recorded
-        return [item for item in items if position_of(item) > recorded]
+        if self._replaying:
+            return list(items)
+        recorded, replayed = self._recorded, self._replayed
+        items = [item for item in items if position_of(item) > recorded]
+        return [item for item in items if position_of(item) not in replayed] if replayed else items
+
+    def _note(self, items: Sequence[Item]) -> None:
+        if not self._replaying:
+            self._recorded = position_of(items[-1])
 
     # A transaction, in the event loop
 
@@ -280,9 +338,10 @@ class TransactionalTarget:
         call: Callable[[list[Item], AsyncConnection], Awaitable[None]],
     ) -> list[Item]:
         with self._asking():
-            row = await _ask(connection, self._statements.lock)
+            row = await _ask(connection, self._statements.begin(items))
             if row is None:  # it was deleted
-                row = await _ask(connection, self._statements.insert_and_lock(self._systemid))
+                insert = self._statements.insert_and_lock(self._systemid, items)
+                row = await _ask(connection, insert)
         items = self._beyond_row(row, items)
         if not items:
             with self._asking():
@@ -291,8 +350,8 @@ class TransactionalTarget:
         with self._handling(connection):
             await call(items, connection)
         with self._noticing_loss(connection):
-            await _ask(connection, self._statements.record_and_commit(position_of(items[-1])))
-        self._recorded = position_of(items[-1])
+            await _ask(connection, self._statements.record_and_commit(items))
+        self._note(items)
         return items
 
     async def _roll_back(self, connection: _HandlersAsyncConnection, error: BaseException) -> None:
@@ -333,9 +392,10 @@ class TransactionalTarget:
         call: Callable[[list[Item], Connection], None],
     ) -> list[Item]:
         with self._asking():
-            row = _ask_in_thread(connection, self._statements.lock)
+            row = _ask_in_thread(connection, self._statements.begin(items))
             if row is None:
-                row = _ask_in_thread(connection, self._statements.insert_and_lock(self._systemid))
+                insert = self._statements.insert_and_lock(self._systemid, items)
+                row = _ask_in_thread(connection, insert)
         items = self._beyond_row(row, items)
         if not items:
             with self._asking():
@@ -344,8 +404,8 @@ class TransactionalTarget:
         with self._handling(connection):
             call(items, connection)
         with self._noticing_loss(connection):
-            _ask_in_thread(connection, self._statements.record_and_commit(position_of(items[-1])))
-        self._recorded = position_of(items[-1])
+            _ask_in_thread(connection, self._statements.record_and_commit(items))
+        self._note(items)
         return items
 
     def _roll_back_in_thread(self, connection: _HandlersConnection, error: BaseException) -> None:
@@ -459,18 +519,29 @@ class _Statements:
 
     def __init__(self, slot: str, route: str) -> None:
         self._slot, self._route = _literal(slot), _literal(route)
-        row = f"slot = {self._slot} AND route = {self._route}"
-        self.delete = f"DELETE FROM walstream.progress WHERE {row}"  # noqa: S608 - quoted literals
+        self._row = row = f"slot = {self._slot} AND route = {self._route}"
+        self.delete = (
+            f"DELETE FROM walstream.progress WHERE {row};"  # noqa: S608 - quoted literals
+            f" DELETE FROM walstream.replayed WHERE {row}"
+        )
         self.read = (
             "SELECT end_lsn::text, ordinal, system_identifier"  # noqa: S608
             f" FROM walstream.progress WHERE {row}"
         ).encode()
-        self.lock = b"BEGIN; " + self._locking
+        self.replayed = (
+            f"SELECT end_lsn::text, ordinal FROM walstream.replayed WHERE {row}"  # noqa: S608
+        ).encode()
+        self.forget = (
+            f"DELETE FROM walstream.replayed WHERE {row} AND (end_lsn, ordinal) <="  # noqa: S608
+            f" (SELECT end_lsn, ordinal FROM walstream.progress WHERE {row})"
+        ).encode()
+        self._lock = self.read + b" FOR UPDATE"
+        self._begin = b"BEGIN; " + self._lock
         self._end = f", recorded_at = now() WHERE {row}; COMMIT".encode()
 
-    @property
-    def _locking(self) -> bytes:
-        return self.read + b" FOR UPDATE"
+    def begin(self, _: Sequence[Item]) -> bytes:
+        """The start of a transaction about these items; it locks and reads the row."""
+        return self._begin
 
     def insert(self, systemid: str) -> bytes:
         """Make the row, unless it is there: only what is there can be locked."""
@@ -479,18 +550,68 @@ class _Statements:
             f" VALUES ({self._slot}, {self._route}, {_literal(systemid)}) ON CONFLICT DO NOTHING"
         ).encode()
 
-    def insert_and_lock(self, systemid: str) -> bytes:
+    def insert_and_lock(self, systemid: str, _: Sequence[Item]) -> bytes:
         """Within the transaction that did not find the row."""
-        return self.insert(systemid) + b"; " + self._locking
+        return self.insert(systemid) + b"; " + self._lock
 
-    def record_and_commit(self, position: Position) -> bytes:
+    def record_and_commit(self, items: Sequence[Item]) -> bytes:
         """The end of a transaction."""
-        end_lsn, ordinal = position
+        end_lsn, ordinal = position_of(items[-1])
         return b"UPDATE walstream.progress SET end_lsn = '%b', ordinal = %d%b" % (
             str(end_lsn).encode(),
             ordinal,
             self._end,
         )
+
+    def applied(self, position: Position) -> bytes:
+        """Give a row when the route has come to a position, or its letter was replayed."""
+        values = _values([position])
+        return (
+            f"SELECT 1 FROM walstream.progress WHERE {self._row}"  # noqa: S608
+            f" AND (end_lsn, ordinal) >= {values} UNION ALL SELECT 1 FROM walstream.replayed"
+            f" WHERE {self._row} AND (end_lsn, ordinal) = {values}"
+        ).encode()
+
+
+class _ReplayStatements(_Statements):
+    """Those of a replay: every letter is recorded by itself, and the row stays as it is."""
+
+    def begin(self, items: Sequence[Item]) -> bytes:
+        """As for the daemon; the row comes with the positions that are recorded as replayed."""
+        return b"BEGIN; " + self._lock + b"; " + self._read_with_replayed(items)
+
+    def insert_and_lock(self, systemid: str, items: Sequence[Item]) -> bytes:
+        """Within the transaction that did not find the row."""
+        return super().insert_and_lock(systemid, items) + b"; " + self._read_with_replayed(items)
+
+    def record_and_commit(self, items: Sequence[Item]) -> bytes:
+        """The end of a transaction."""
+        values = ", ".join(
+            f"({self._slot}, {self._route}, '{end_lsn}', {ordinal})"
+            for end_lsn, ordinal in map(position_of, items)
+        )
+        return (
+            "INSERT INTO walstream.replayed (slot, route, end_lsn, ordinal)"  # noqa: S608
+            f" VALUES {values}; COMMIT"
+        ).encode()
+
+    def _read_with_replayed(self, items: Sequence[Item]) -> bytes:
+        """Read with a snapshot of its own: what was committed while it waited for the lock."""
+        values = _values(map(position_of, items))
+        return (
+            "SELECT end_lsn::text, ordinal, system_identifier, ARRAY("  # noqa: S608
+            f"SELECT end_lsn || ':' || ordinal FROM walstream.replayed WHERE {self._row}"
+            f" AND (end_lsn, ordinal) IN ({values})) FROM walstream.progress WHERE {self._row}"
+        ).encode()
+
+
+def _values(positions: Iterable[Position]) -> str:
+    return ", ".join(f"('{end_lsn}'::pg_lsn, {ordinal})" for end_lsn, ordinal in positions)
+
+
+def _parse_position(text: str) -> Position:
+    end_lsn, _, ordinal = text.partition(":")
+    return Lsn.parse(end_lsn), int(ordinal)
 
 
 async def _ask(connection: AsyncConnection[TupleRow], statements: bytes) -> TupleRow | None:
@@ -558,10 +679,14 @@ _OTHER_PROCESS: Final = (
     "it works on the same slot and route, or is stuck there; the table must be left to walstream"
 )
 
-_COLUMNS: Final = (
+_PROGRESS: Final = (
     "slot text, route text, system_identifier text NOT NULL,"
     " end_lsn pg_lsn NOT NULL DEFAULT '0/0', ordinal bigint NOT NULL DEFAULT 0,"
     " recorded_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (slot, route)"
+)
+_REPLAYED: Final = (
+    "slot text, route text, end_lsn pg_lsn, ordinal bigint,"
+    " replayed_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (slot, route, end_lsn, ordinal)"
 )
 _CREATE: Final = f"""
 DO $$
@@ -572,11 +697,14 @@ BEGIN
     IF to_regnamespace('walstream') IS NULL THEN
         CREATE SCHEMA walstream;
     END IF;
-    CREATE TABLE IF NOT EXISTS walstream.progress ({_COLUMNS});
+    CREATE TABLE IF NOT EXISTS walstream.progress ({_PROGRESS});
+    CREATE TABLE IF NOT EXISTS walstream.replayed ({_REPLAYED});
 END
 $$""".encode()
 _GRANT: Final = (
     "let the owner of the database run sql/06_progress.sql, or: CREATE SCHEMA IF NOT EXISTS"
-    f" walstream; CREATE TABLE IF NOT EXISTS walstream.progress ({_COLUMNS}); GRANT USAGE ON SCHEMA"
-    " walstream TO <role>; GRANT SELECT, INSERT, UPDATE ON walstream.progress TO <role>"
+    f" walstream; CREATE TABLE IF NOT EXISTS walstream.progress ({_PROGRESS}); CREATE TABLE IF NOT"
+    f" EXISTS walstream.replayed ({_REPLAYED}); GRANT USAGE ON SCHEMA walstream TO <role>; GRANT"
+    " SELECT, INSERT, UPDATE ON walstream.progress TO <role>; GRANT SELECT, INSERT, DELETE ON"
+    " walstream.replayed TO <role>"
 )

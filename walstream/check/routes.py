@@ -28,7 +28,7 @@ from walstream.filters import columns
 from walstream.grammar import And, Comparison, Filter, Not, Or
 from walstream.postgres import server_error
 from walstream.preflight import verify_route
-from walstream.router import Route, TablePattern
+from walstream.router import Route
 
 
 async def check_routes(site: Site, specs: Sequence[tuple[str, RouteSpec]]) -> list[Finding]:
@@ -53,7 +53,7 @@ async def _check_route(site: Site, name: str, spec: RouteSpec) -> list[Outcome]:
     try:
         route = spec.route(name, None, site.masking_key)
         await verify_route(site.catalog, route)
-        tables = await _covered(site.catalog, route.pattern)
+        tables = await _covered(site.catalog, route)
     except WalstreamError as error:
         return [failed(error)]
     except psycopg.Error as error:
@@ -61,14 +61,18 @@ async def _check_route(site: Site, name: str, spec: RouteSpec) -> list[Outcome]:
     return _judge(tables, route, frozenset(spec.columns.mask))
 
 
-async def _covered(catalog: Catalog, pattern: TablePattern) -> list[Table]:
-    """List what a pattern covers: in place of a partitioned table the partitions with its rows."""
-    relation = pattern.relation
+async def _covered(catalog: Catalog, route: Route) -> list[Table]:
+    """List what a route covers: in place of a partitioned table the partitions with its rows."""
+    pattern = route.pattern
     relations = (
-        await catalog.tables(pattern.schema, pattern.name) if relation is None else [relation]
+        await catalog.tables(pattern.schema, pattern.name)
+        if pattern.relation is None
+        else [pattern.relation]
     )
     found: dict[Relation, Table | None] = {}
     for named in relations:
+        if not route.wants(named, ()):
+            continue  # walstream's own
         found[named] = table = await catalog.table(named)
         if table is not None and table.is_partitioned:
             for partition in await _partitions(catalog, named):

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import typer
@@ -18,29 +18,31 @@ from rich.table import Table
 from rich.text import Text
 
 from walstream import logs
+from walstream.assembly import letters_of
 from walstream.catalog import Catalog
 from walstream.changes import Change, Message, Operation
 from walstream.cli.options import ConfigFile, Dsn, load_config
+from walstream.cli.routing import load_handlers
+from walstream.cli.streaming import leave, run_until_signal
 from walstream.config import Config
 from walstream.dead_letters import (
     DeadLetterStore,
     LetterQuery,
     StoredLetter,
     item_of,
-    make_store,
+    pages,
     typeoids_of,
 )
 from walstream.dead_letters.rows import MESSAGE
-from walstream.errors import UsageError
+from walstream.errors import LettersLeft, UsageError, WalstreamError
 from walstream.keys import NO_KEY, WHOLE_TABLE, Key
-
-T = TypeVar("T")
+from walstream.replay import Replay, RouteReport
 
 app = typer.Typer(
-    help="Look at, and drop, the changes that could not be delivered.", no_args_is_help=True
+    help="Look at, deliver again, and drop the changes that could not be delivered.",
+    no_args_is_help=True,
 )
 
-_PAGE: Final = 1000
 _SHOWN: Final = 100
 _KEYS_SHOWN: Final = 20
 
@@ -155,10 +157,10 @@ def list_letters(  # noqa: PLR0913 - one for each option
 
     async def work(_settings: Config, store: DeadLetterStore) -> None:
         if json:
-            async for stored in _pages(store, query):
+            async for stored in pages(store, query):
                 typer.echo(msgspec.json.encode(_described(stored)).decode())
             return
-        letters = [stored async for stored in _pages(store, query)]
+        letters = [stored async for stored in pages(store, query)]
         count = await store.count(msgspec.structs.replace(query, limit=None))
         _print_list(letters, count)
 
@@ -228,19 +230,88 @@ def drop(  # noqa: PLR0913 - one for each option
         after=after,
         limit=limit,
     )
-    _verify_meant(query, all_letters=all_letters)
+    _verify_meant(query, "drop", all_letters=all_letters)
 
     async def work(_settings: Config, store: DeadLetterStore) -> None:
-        letters = [stored async for stored in _pages(store, query)]
-        if ids and (missing := set(ids) - {stored.id for stored in letters}):
-            raise _unknown(sorted(missing))
+        letters = [stored async for stored in pages(store, query)]
+        _verify_found(ids or [], letters)
         if letters and not yes:
-            _confirm(len(letters))
+            _confirm(len(letters), "drop")
         dropped = await store.drop([stored.id for stored in letters])
         keys = {(stored.letter.route, key) for stored in letters for key in stored.letter.keys}
         _print_dropped(dropped, keys, set(await store.blocked()))
 
     _with_store(config, dsn, slot, work)
+
+
+@app.command()
+def replay(  # noqa: PLR0913 - one for each option
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[APP] [ID]...",
+            help="Handlers as module:name of a Walstream object, instead of the configuration's;"
+            " the letters' numbers.",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    dsn: Dsn = None,
+    *,
+    route: RouteName = None,
+    table: TableName = None,
+    key: KeyText = None,
+    operation: OperationText = None,
+    error: ErrorText = None,
+    parked: Parked = None,
+    before: Before = None,
+    after: After = None,
+    limit: Limit = None,
+    all_letters: Annotated[
+        bool, typer.Option("--all", help="All letters.", rich_help_panel=_FILTERS)
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object for each route.")] = False,
+) -> None:
+    """Deliver dead letters again, in order; those that are delivered are gone.
+
+    Handlers and sinks are called as in a run, with the attempts of their routes. A letter that
+    fails stays, and so do those behind it. With what is asked for go the letters before and behind
+    it that are about the same rows, also those that a running walstream parks there meanwhile.
+
+    Exits 0 when all are delivered. SIGINT or SIGTERM finishes what is being delivered; a second one
+    exits at once. What was being delivered then may be delivered again.
+    """
+    path, ids = _path_and_ids(what or [])
+    query = _query(
+        ids=ids or None,
+        route=route,
+        table=table,
+        key=key,
+        operation=operation,
+        error=error,
+        parked=parked,
+        before=before,
+        after=after,
+        limit=limit,
+    )
+    _verify_meant(query, "replay", all_letters=all_letters)
+    settings = load_config(config, dsn)
+    logs.configure(settings.log.level, settings.log.format)
+    replaying = Replay(settings, load_handlers(settings, path))
+
+    def confirm(letters: Sequence[StoredLetter]) -> None:
+        _verify_found(ids, letters)
+        if letters and not yes:
+            _confirm(len(letters), "replay")
+
+    try:
+        reports = run_until_signal(replaying, lambda: replaying.run(query, confirm))
+        _print_reports(reports, as_json=json)
+        _verify_nothing_left(reports)
+    except WalstreamError as failure:
+        leave(replaying, failure)
+        raise
+    leave(replaying)
 
 
 # ---- The store
@@ -254,7 +325,7 @@ def _with_store(
 ) -> None:
     settings = load_config(file, dsn)
     logs.configure("warning")
-    store = store_of(settings, slot)
+    store = letters_of(settings, slot)
 
     async def run() -> None:
         try:
@@ -264,38 +335,6 @@ def _with_store(
             await store.close()
 
     asyncio.run(run())
-
-
-def store_of(settings: Config, slot: str | None = None) -> DeadLetterStore:
-    """Return the store that the configuration names, for its slot or another one.
-
-    Raises:
-        ConfigError: ``dsn_file`` cannot be read.
-    """
-    section = settings.dead_letters
-    dsn = ""
-    if section.store == "postgres":
-        dsn = section.own_dsn() or settings.postgres.catalog_dsn()
-    return make_store(
-        section,
-        slot=slot or settings.slot.name,
-        dsn=dsn,
-        application_name=settings.postgres.application_name,
-    )
-
-
-async def _pages(store: DeadLetterStore, query: LetterQuery) -> AsyncIterator[StoredLetter]:
-    """Give letters without their payloads; however many there are, the store is not held up."""
-    rest = query.limit
-    while rest is None or rest > 0:
-        limit = _PAGE if rest is None else min(rest, _PAGE)
-        page = await store.select(msgspec.structs.replace(query, limit=limit), payloads=False)
-        for stored in page:
-            yield stored
-        if len(page) < limit:
-            return
-        rest = None if rest is None else rest - limit
-        query = msgspec.structs.replace(query, after=page[-1].place)
 
 
 async def _change_as_json(settings: Config, stored: StoredLetter) -> bytes:
@@ -379,22 +418,39 @@ def _time(option: str, text: str | None) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _verify_meant(query: LetterQuery, *, all_letters: bool) -> None:
+def _verify_meant(query: LetterQuery, verb: str, *, all_letters: bool) -> None:
     is_filtered = query != LetterQuery(limit=query.limit)
     if is_filtered == all_letters:
         message = (
             "--all goes without numbers and filters"
             if all_letters
-            else "drop which letters? Neither a number nor a filter is given"
+            else f"{verb} which letters? Neither a number nor a filter is given"
         )
         raise UsageError(message, hint="give numbers, filters such as --route, or --all")
 
 
-def _confirm(count: int) -> None:
+def _confirm(count: int, verb: Literal["drop", "replay"]) -> None:
+    letters = _counted(count, "dead letter")
     if not sys.stdin.isatty():
-        message = f"{_counted(count, 'dead letter')} would be dropped, and nobody is here to ask"
-        raise UsageError(message, hint="--yes drops them")
-    typer.confirm(f"Drop {_counted(count, 'dead letter')} for good?", abort=True)
+        done = "dropped" if verb == "drop" else "replayed"
+        message = f"{letters} would be {done}, and nobody is here to ask"
+        raise UsageError(message, hint=f"--yes {verb}s them")
+    question = f"Drop {letters} for good?" if verb == "drop" else f"Deliver {letters} again?"
+    typer.confirm(question, abort=True)
+
+
+def _path_and_ids(words: Sequence[str]) -> tuple[str | None, list[int]]:
+    """Tell the handlers' module:name from the letters' numbers."""
+    paths = [word for word in words if not word.isdecimal()]
+    if len(paths) > 1:
+        message = f"{paths[1]!r} is not the number of a letter"
+        raise UsageError(message, hint="give one module:name, and numbers as the list shows them")
+    return next(iter(paths), None), [int(word) for word in words if word.isdecimal()]
+
+
+def _verify_found(ids: Sequence[int], letters: Sequence[StoredLetter]) -> None:
+    if missing := set(ids) - {stored.id for stored in letters}:
+        raise _unknown(sorted(missing))
 
 
 def _unknown(ids: Sequence[int]) -> UsageError:
@@ -415,7 +471,7 @@ def _described(stored: StoredLetter) -> dict[str, Any]:
         "change": letter.change_id,
         "operation": letter.operation or MESSAGE,
         "table": None if letter.relation is None else str(letter.relation),
-        "keys": [{"table": table, "values": _raw_values(values)} for table, values in letter.keys],
+        "keys": [_described_key(key) for key in letter.keys],
         "attempts": letter.attempts,
         "error": letter.error,
         "parked": letter.parked,
@@ -423,6 +479,11 @@ def _described(stored: StoredLetter) -> dict[str, Any]:
         "last_failed_at": stored.last_failed_at,
         "stored_at": letter.stored_at,
     }
+
+
+def _described_key(key: Key) -> dict[str, Any]:
+    table, values = key
+    return {"table": table, "values": _raw_values(values)}
 
 
 def _raw_values(values: bytes) -> msgspec.Raw | list[str] | None:
@@ -475,6 +536,40 @@ def _print_dropped(dropped: int, keys: set[tuple[str, Key]], blocked: set[tuple[
     typer.echo(f"dropped {_counted(dropped, 'dead letter')}")
     _print_keys("free", keys - blocked)
     _print_keys("still held up by other letters", keys & blocked)
+
+
+def _print_reports(reports: Sequence[RouteReport], *, as_json: bool) -> None:
+    if as_json:
+        for report in reports:
+            described = msgspec.structs.asdict(report)
+            described["blocked"] = [_described_key(key) for key in report.blocked]
+            typer.echo(msgspec.json.encode(described).decode())
+        return
+    if not reports:
+        typer.echo("no dead letters")
+    for report in reports:
+        parts = [f"{report.delivered} delivered", f"{report.failed} failed again"]
+        if waiting := report.left - report.failed:
+            parts.append(f"{waiting} left")
+        if report.added:
+            parts.append(f"{report.added} of them not asked for, but about the same rows")
+        if report.reason:
+            parts = [f"{report.left} left: {report.reason}"]
+        typer.echo(f"{report.route}: {', '.join(parts)}")
+    blocked = {(report.route, key) for report in reports for key in report.blocked}
+    _print_keys("still held up", blocked)
+
+
+def _verify_nothing_left(reports: Sequence[RouteReport]) -> None:
+    left = sum(report.left for report in reports)
+    if left:
+        delivered = sum(report.delivered for report in reports)
+        message = f"{delivered} delivered, {_counted(left, 'dead letter')} left"
+        hint = (
+            "mend what fails (walstream dead-letters list --failed), then replay again; changes of"
+            " their rows wait behind them"
+        )
+        raise LettersLeft(message, hint=hint)
 
 
 def _print_keys(what: str, keys: Iterable[tuple[str, Key]]) -> None:

@@ -9,9 +9,10 @@ import secrets
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import structlog
 import typer
@@ -30,6 +31,19 @@ from walstream.sinks.stdout import StdoutSink
 from walstream.sinks.terminal import TerminalSink
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.cli")
+
+T = TypeVar("T")
+
+
+class Stoppable(Protocol):
+    """Work that goes on until it is told to stop."""
+
+    def stop(self) -> None:
+        """Finish what is in hand."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a handler's function still runs although the work has ended."""
 
 
 def run(
@@ -142,13 +156,12 @@ def tail(  # noqa: PLR0913 - the options of a command
         recorder = None
         if record is not None:
             recorder = opened.enter_context(Recorder(record, limit=limit))
-        more: dict[str, Any] = {} if recorder is None else {"recorder": recorder}
         daemon = Daemon(
             settings,
             sinks=[(spec, sink) for spec in specs],
             temporary_slot=True,
             reconnect=False,
-            **more,
+            recorder=recorder,
         )
         for one in (recorder, sink):
             if isinstance(one, Recorder | LimitedSink):
@@ -205,10 +218,15 @@ def load_app(path: str) -> Walstream:
 
 def run_daemon(daemon: Daemon) -> Summary:
     """Run until it ends or is told to by a signal; the second signal exits at once."""
-    return asyncio.run(_run_with_signals(daemon))
+    return run_until_signal(daemon, daemon.run)
 
 
-async def _run_with_signals(daemon: Daemon) -> Summary:
+def run_until_signal(stoppable: Stoppable, run: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """As `run_daemon`, for whatever else can be stopped."""
+    return asyncio.run(_run_with_signals(stoppable, run))
+
+
+async def _run_with_signals(stoppable: Stoppable, run: Callable[[], Coroutine[Any, Any, T]]) -> T:
     loop = asyncio.get_running_loop()
     signalled = False
 
@@ -218,16 +236,16 @@ async def _run_with_signals(daemon: Daemon) -> Summary:
             os._exit(128 + number)
         signalled = True
         log.info("stopping", signal=number.name)
-        daemon.stop()
+        stoppable.stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
-    return await daemon.run()
+    return await run()
 
 
-def leave(daemon: Daemon, error: WalstreamError | None = None) -> None:
+def leave(stoppable: Stoppable, error: WalstreamError | None = None) -> None:
     """Exit here and now if a handler's function is still running: Python would wait for it."""
-    if not daemon.is_busy:
+    if not stoppable.is_busy:
         return
     if error is not None:
         report(error)

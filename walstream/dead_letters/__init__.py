@@ -14,7 +14,7 @@ from walstream.dead_letters.letters import (
 )
 from walstream.dead_letters.postgres import PostgresStore
 from walstream.dead_letters.sqlite import SqliteStore
-from walstream.dead_letters.store import DeadLetterStore, LetterQuery, StoredLetter
+from walstream.dead_letters.store import DeadLetterStore, LetterQuery, StoredLetter, pages
 
 __all__ = [
     "DeadLetter",
@@ -26,6 +26,7 @@ __all__ = [
     "StoredLetter",
     "item_of",
     "make_store",
+    "pages",
     "payload_of",
     "position_of",
     "typeoids_of",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 
-from walstream.dead_letters.letters import DeadLetter, Identity, Position, parked
+from walstream.dead_letters.letters import DeadLetter, Identity, parked
 from walstream.errors import DeadLettersFull
 from walstream.keys import WHOLE_TABLE
 
@@ -87,24 +88,20 @@ def letters_to_park(
 
 
 class HeldUp:
-    """Tells which letters an earlier one of these holds up."""
+    """Tells which changes letters hold up: those with a conflicting key (`walstream.keys`)."""
 
     def __init__(self) -> None:
-        self._first: dict[tuple[str, str], dict[bytes, Position]] = {}
+        self._values: defaultdict[tuple[str, str], set[bytes]] = defaultdict(set)
 
     def add(self, letter: DeadLetter) -> None:
-        """Let a letter hold up later ones with a conflicting key (`walstream.keys.conflict`)."""
-        position = letter.position
+        """Let a letter hold up others."""
         for table, values in letter.keys:
-            first = self._first.setdefault((letter.route, table), {})
-            first[values] = min(position, first.get(values, position))
+            self._values[letter.route, table].add(values)
 
     def __contains__(self, letter: DeadLetter) -> bool:
-        """Whether an earlier one holds it up."""
-        position = letter.position
+        """Whether one of them holds it up."""
         for table, values in letter.keys:
-            first = self._first.get((letter.route, table), {})
-            wanted = first if values == WHOLE_TABLE else first.keys() & {values, WHOLE_TABLE}
-            if any(first[one] < position for one in wanted):
+            known = self._values.get((letter.route, table), set())
+            if known and (values == WHOLE_TABLE or values in known or WHOLE_TABLE in known):
                 return True
         return False

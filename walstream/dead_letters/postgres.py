@@ -4,16 +4,18 @@ Every method is one transaction under an advisory lock for the slot, so that two
 decide by what the other one is changing; it works through a pooler. ``synchronous_commit`` is never
 off. A connection that was lost is replaced once in a call: doing it twice stores nothing twice.
 
-When the table is in the database that changes come from, its own rows come through the slot too: a
-route for ``*.*`` gets them, and when such a route fails, each letter makes another one. Routes must
-leave the schema out, or the table has to be in another database.
+When the table is in the database that changes come from, its own rows come through the slot too.
+Routes for patterns such as ``*.*`` do not get them: when such a route fails, each letter would make
+another one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
 import psycopg
@@ -22,7 +24,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
 
 from walstream import postgres
-from walstream.dead_letters.bounds import Room, letters_to_park
+from walstream.dead_letters.bounds import Room, letters_to_park, new_letters
 from walstream.dead_letters.letters import DeadLetter, Identity
 from walstream.dead_letters.rows import (
     COLUMNS,
@@ -35,7 +37,7 @@ from walstream.dead_letters.rows import (
     tried_values,
     where,
 )
-from walstream.dead_letters.store import LetterQuery, StoredLetter
+from walstream.dead_letters.store import LetterQuery, StoredLetter, Verify, replay_runs
 from walstream.errors import (
     AccessRefused,
     DatabaseUnfit,
@@ -159,16 +161,49 @@ class PostgresStore:
         """See `DeadLetterStore`."""
         return await self._change(_DROP, [self._slot, list(ids)])
 
-    async def settle(self, stored: StoredLetter) -> bool:
+    async def settle(self, letters: Sequence[StoredLetter]) -> list[bool]:
         """See `DeadLetterStore`."""
+        ids = [stored.id for stored in letters]
+        deliveries = [stored.deliveries for stored in letters]
 
-        async def settle(connection: _Connection) -> bool:
-            delivered = [self._slot, stored.id, stored.deliveries]
-            await self._execute(connection, _SETTLE, delivered)
-            here = await self._execute(connection, _IS_HERE, [self._slot, stored.id])
-            return not here.rowcount
+        async def settle(connection: _Connection) -> list[bool]:
+            await self._execute(connection, _SETTLE, [ids, deliveries, self._slot])
+            found = await self._execute(connection, _IS_HERE, [self._slot, ids])
+            here = {letter_id for (letter_id,) in await found.fetchall()}
+            return [letter_id not in here for letter_id in ids]
 
         return await self._run(settle)
+
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[Verify]:
+        """See `DeadLetterStore`: a transaction that stays open, and so works through a pooler."""
+        try:
+            connection = await postgres.connect(self._dsn, application_name=self._application_name)
+        except WalstreamError as error:
+            raise self._failed(error) from error
+        try:
+            async with connection.transaction(force_rollback=True):
+                await self._lock_replays(connection)
+                yield partial(self._verify_lock, connection)
+        finally:
+            await connection.close()
+
+    async def _lock_replays(self, connection: _Connection) -> None:
+        try:
+            await connection.execute(_NO_TIMEOUT)
+            locked = await connection.execute(
+                _TRY_LOCK, [f"walstream replay {self._schema} {self._slot}"]
+            )
+            if await locked.fetchone() == (False,):
+                raise replay_runs(self._slot)
+        except psycopg.Error as error:
+            raise self._failed(postgres.server_error(error)) from error
+
+    async def _verify_lock(self, connection: _Connection) -> None:
+        try:
+            await connection.execute("SELECT")
+        except psycopg.Error as error:
+            raise self._failed(postgres.server_error(error)) from error
 
     async def failed_again(
         self, letter_id: int, *, attempts: int, error: str, traceback: str, at: datetime
@@ -246,11 +281,10 @@ class PostgresStore:
         return {(route, change_id) for route, change_id in await came.fetchall()}
 
     async def _held_up(self, connection: _Connection, letters: Sequence[DeadLetter]) -> set[int]:
-        """Return the places of those that an earlier letter in the store holds up."""
+        """Return the places of those that a letter in the store holds up."""
         asked = [
-            (place, letter.route, table, values.decode(), str(lsn), ordinal)
+            (place, letter.route, table, values.decode())
             for place, letter in enumerate(letters)
-            for lsn, ordinal in [letter.position]
             for table, values in letter.keys
         ]
         if not asked:
@@ -413,6 +447,14 @@ _BEGIN: Final = b"""
 
 _LOCK: Final = b"SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
 
+_TRY_LOCK: Final = b"SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0))"
+
+_NO_TIMEOUT: Final = b"""
+    SELECT set_config(name, '0', true)
+      FROM pg_settings
+     WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')
+"""
+
 _HAS_TABLES: Final = """
     SELECT
       FROM pg_class AS c
@@ -491,29 +533,23 @@ _CAME_AGAIN: Final = """
 
 _HELD_UP: Final = """
     SELECT asked.place
-      FROM unnest(%s::int[], %s::text[], %s::text[], %s::text[], %s::pg_lsn[], %s::bigint[])
-           AS asked (place, route, relation, key_values, lsn, ordinal)
+      FROM unnest(%s::int[], %s::text[], %s::text[], %s::text[])
+           AS asked (place, route, relation, key_values)
      WHERE EXISTS (
            SELECT
              FROM {keys} AS k
-             JOIN {letters} AS l ON l.id = k.letter_id
             WHERE k.slot = %s AND k.route = asked.route AND k.relation = asked.relation
               AND left(k.key_values, 200) = left(asked.key_values, 200)
-              AND k.key_values = asked.key_values
-              AND (l.lsn, l.ordinal) < (asked.lsn, asked.ordinal))
+              AND k.key_values = asked.key_values)
         OR EXISTS (
            SELECT
              FROM {keys} AS k
-             JOIN {letters} AS l ON l.id = k.letter_id
             WHERE k.slot = %s AND k.route = asked.route AND k.relation = asked.relation
-              AND left(k.key_values, 200) = ''
-              AND (l.lsn, l.ordinal) < (asked.lsn, asked.ordinal))
+              AND left(k.key_values, 200) = '')
         OR asked.key_values = '' AND EXISTS (
            SELECT
              FROM {keys} AS k
-             JOIN {letters} AS l ON l.id = k.letter_id
-            WHERE k.slot = %s AND k.route = asked.route AND k.relation = asked.relation
-              AND (l.lsn, l.ordinal) < (asked.lsn, asked.ordinal))
+            WHERE k.slot = %s AND k.route = asked.route AND k.relation = asked.relation)
 """
 """The whole table is an empty key."""
 
@@ -551,6 +587,10 @@ _INSERT: Final = f"""
 
 _DROP: Final = "DELETE FROM {letters} WHERE slot = %s AND id = ANY(%s)"
 
-_SETTLE: Final = "DELETE FROM {letters} WHERE slot = %s AND id = %s AND deliveries = %s"
+_SETTLE: Final = """
+    DELETE FROM {letters} AS l
+     USING unnest(%s::bigint[], %s::int[]) AS delivered (id, deliveries)
+     WHERE l.slot = %s AND l.id = delivered.id AND l.deliveries = delivered.deliveries
+"""
 
-_IS_HERE: Final = "SELECT FROM {letters} WHERE slot = %s AND id = %s"
+_IS_HERE: Final = "SELECT id FROM {letters} WHERE slot = %s AND id = ANY(%s)"

@@ -9,14 +9,16 @@ do not hold on most network file systems.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -33,7 +35,7 @@ from walstream.dead_letters.rows import (
     tried_values,
     where,
 )
-from walstream.dead_letters.store import LetterQuery, StoredLetter
+from walstream.dead_letters.store import LetterQuery, StoredLetter, Verify, replay_runs
 from walstream.errors import DeadLetterStoreFailed
 from walstream.keys import WHOLE_TABLE, Key
 from walstream.worker import Worker
@@ -45,6 +47,8 @@ APPLICATION_ID: Final = 0x57414C53  # WALS
 
 BUSY_SECONDS: Final = 10.0
 """How long another process may hold the file."""
+
+_BUSY_PAUSE_SECONDS: Final = 0.01
 
 
 class SqliteStore:
@@ -100,9 +104,18 @@ class SqliteStore:
         """See `DeadLetterStore`."""
         return await self._call(self._change, _DROP, [self._slot, _members(ids)])
 
-    async def settle(self, stored: StoredLetter) -> bool:
+    async def settle(self, letters: Sequence[StoredLetter]) -> list[bool]:
         """See `DeadLetterStore`."""
-        return await self._call(self._settle, stored)
+        return await self._call(self._settle, letters)
+
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[Verify]:
+        """See `DeadLetterStore`: a lock on a file beside this one, which stays there empty."""
+        descriptor = await self._call(self._lock)
+        try:
+            yield _still_exclusive
+        finally:
+            os.close(descriptor)
 
     async def failed_again(
         self, letter_id: int, *, attempts: int, error: str, traceback: str, at: datetime
@@ -143,7 +156,7 @@ class SqliteStore:
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            self._prepare(connection)
+            self._prepare_patiently(connection)
             self._file = self.path.stat()
         except BaseException:
             connection.close()
@@ -183,6 +196,21 @@ class SqliteStore:
             raise DeadLetterStoreFailed(message, hint=hint) from None
         _sync_directory(self.path.parent)
 
+    def _prepare_patiently(self, connection: sqlite3.Connection) -> None:
+        """Prepare the file; while another process does that too, try again.
+
+        For the switch to WAL mode SQLite does not wait as it does for other locks.
+        """
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return self._prepare(connection)
+            except sqlite3.OperationalError as error:
+                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not is_busy or time.monotonic() > deadline:
+                    raise
+            time.sleep(_BUSY_PAUSE_SECONDS)
+
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self._verify_owner(connection)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -195,9 +223,11 @@ class SqliteStore:
                     connection.execute(statement)
 
     def _verify_owner(self, connection: sqlite3.Connection) -> None:
-        version = _pragma(connection, "user_version")
-        owner = _pragma(connection, "application_id")
-        [(tables,)] = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        # In one transaction: another process may make the tables at this moment.
+        with _transaction(connection, "DEFERRED"):
+            version = _pragma(connection, "user_version")
+            owner = _pragma(connection, "application_id")
+            [(tables,)] = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
         if owner != APPLICATION_ID and (tables or version or owner):
             message = f"{self.path} is another program's database"
             raise DeadLetterStoreFailed(message, hint="set dead_letters.path to a file of its own")
@@ -271,13 +301,12 @@ class SqliteStore:
         }
 
     def _is_held_up(self, connection: sqlite3.Connection, letter: DeadLetter) -> bool:
-        lsn, ordinal = letter.position
         for table, values in letter.keys:
-            place = [self._slot, letter.route, table, _lsn(lsn), ordinal]
+            rows = [self._slot, letter.route, table]
             if values == WHOLE_TABLE:
-                found = connection.execute(_HELD_UP.format(""), place)
+                found = connection.execute(_HELD_UP.format(""), rows)
             else:
-                found = connection.execute(_HELD_UP.format(_SAME), [*place, values.decode()])
+                found = connection.execute(_HELD_UP.format(_SAME), [*rows, values.decode()])
             if found.fetchall():
                 return True
         return False
@@ -298,15 +327,38 @@ class SqliteStore:
         if not self._room.take(*more):
             raise self._room.full(*more)
 
-    def _settle(self, stored: StoredLetter) -> bool:
+    def _settle(self, letters: Sequence[StoredLetter]) -> list[bool]:
         with self._writing() as connection:
-            connection.execute(_SETTLE, [self._slot, stored.id, stored.deliveries])
-            return not connection.execute(_IS_HERE, [self._slot, stored.id]).fetchall()
+            for stored in letters:
+                connection.execute(_SETTLE, [self._slot, stored.id, stored.deliveries])
+            return [
+                not connection.execute(_IS_HERE, [self._slot, stored.id]).fetchall()
+                for stored in letters
+            ]
+
+    def _lock(self) -> int:
+        path = self.path.with_name(f"{self.path.name}-replay-{self._slot}")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise replay_runs(self._slot) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+async def _still_exclusive() -> None:
+    """A lock on a file is lost with its process only."""
 
 
 @contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    connection.execute("BEGIN IMMEDIATE")
+def _transaction(
+    connection: sqlite3.Connection, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE"
+) -> Iterator[sqlite3.Connection]:
+    connection.execute(f"BEGIN {kind}")
     try:
         yield connection
         connection.execute("COMMIT")
@@ -423,7 +475,7 @@ _HELD_UP: Final = """
     SELECT 1
       FROM letter_keys AS k
       JOIN letters AS l ON l.id = k.letter_id
-     WHERE k.slot = ? AND k.route = ? AND k.relation = ? AND (l.lsn, l.ordinal) < (?, ?) {}
+     WHERE k.slot = ? AND k.route = ? AND k.relation = ? {}
      LIMIT 1
 """
 _SAME: Final = "AND k.key_values IN (?, '')"

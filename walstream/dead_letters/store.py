@@ -10,17 +10,25 @@ earlier change comes again, and may become a letter only then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import msgspec
 
 from walstream.dead_letters.letters import DeadLetter, Position
+from walstream.errors import ReplayRuns
 from walstream.keys import Key
+
+PAGE: Final = 1000
+"""How many letters are asked for at a time where all are wanted."""
 
 Place: TypeAlias = tuple[Position, int]
 """A letter's position in the stream and its id: what letters are ordered by."""
+
+Verify: TypeAlias = Callable[[], Awaitable[None]]
+"""Raises when something does not hold any more."""
 
 
 class StoredLetter(msgspec.Struct, frozen=True):
@@ -102,10 +110,12 @@ class DeadLetterStore(Protocol):
         """
 
     async def park(self, letters: Sequence[DeadLetter]) -> list[bool]:
-        """Store those, as parked, that an earlier change holds up; tell of each whether it is here.
+        """Store those, as parked, that another letter holds up; tell of each whether it is here.
 
-        What holds a change up is a letter of the same route with a conflicting key, from before it
-        in the stream; also one of this call. One whose route and change are here already stays.
+        What holds a change up is a letter of the same route with a conflicting key, also one of
+        this call. It may be a later change's, when an earlier one comes again after a crash: that
+        one was delivered already, and is once more before the later one. One whose route and change
+        are here already stays.
 
         Raises:
             DeadLettersFull: there is no room for all that must be stored; none is.
@@ -128,11 +138,24 @@ class DeadLetterStore(Protocol):
     async def drop(self, ids: Sequence[int]) -> int:
         """Remove letters, and return how many of them were here."""
 
-    async def settle(self, stored: StoredLetter) -> bool:
-        """Remove a letter that was delivered, unless its change has come again since it was read.
+    async def settle(self, letters: Sequence[StoredLetter]) -> list[bool]:
+        """Remove letters that were delivered, but those whose change has come again meanwhile.
 
         After a crash of the daemon the changes before it may be delivered once more, and perhaps
         after this one: then it has to be delivered again. False says so; it is still here.
+
+        Args:
+            letters: as they were read.
+        """
+
+    def exclusive(self) -> AbstractAsyncContextManager[Verify]:
+        """Keep other processes from replaying letters of the slot, as long as the context lasts.
+
+        It ends with the process, however that ends. What it gives is to be called from time to time
+        and raises DeadLetterStoreFailed when others are kept out no more.
+
+        Raises:
+            ReplayRuns: another process replays now.
         """
 
     async def failed_again(
@@ -150,3 +173,23 @@ class DeadLetterStore(Protocol):
         Returns:
             Whether the letter is still here.
         """
+
+
+async def pages(store: DeadLetterStore, query: LetterQuery) -> AsyncIterator[StoredLetter]:
+    """Give letters without their payloads; however many there are, the store is not held up."""
+    rest = query.limit
+    while rest is None or rest > 0:
+        limit = PAGE if rest is None else min(rest, PAGE)
+        page = await store.select(msgspec.structs.replace(query, limit=limit), payloads=False)
+        for stored in page:
+            yield stored
+        if len(page) < limit:
+            return
+        rest = None if rest is None else rest - limit
+        query = msgspec.structs.replace(query, after=page[-1].place)
+
+
+def replay_runs(slot: str) -> ReplayRuns:
+    """Say that another process replays."""
+    message = f"another process replays the dead letters of the slot {slot}"
+    return ReplayRuns(message, hint="wait until it has ended, then try again")

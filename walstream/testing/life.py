@@ -102,8 +102,10 @@ class Life:
         self._dying = asyncio.Event()
         self._ended = threading.Event()
         self._calls: dict[object, Held] = {}
-        self._summary: Summary | None = None
+        self._process: Daemon | None = None
         self.crashed = False
+        self.told = False
+        """Whether somebody has waited for the end, and knows how it was."""
         self.called: list[str] = []
         """The ids of what handlers were called with, in the order of the calls."""
         self.task = asyncio.create_task(self._run())
@@ -116,23 +118,22 @@ class Life:
     @property
     def flush_lsn(self) -> Lsn:
         """Up to where everything is taken."""
-        return ZERO if self._daemon is None else self._daemon.flush_lsn
-
-    @property
-    def _daemon(self) -> Daemon | None:
-        return self._app._daemon  # noqa: SLF001 - it stands for the process
+        return ZERO if self._process is None else self._process.flush_lsn
 
     def summary(self) -> Summary:
         """Say what has been done so far, in a life that has begun to stream."""
-        if self._daemon is not None:
-            self._summary = self._daemon.summary()
-        assert self._summary is not None  # noqa: S101 - nobody asks before
-        return self._summary
+        assert self._process is not None  # noqa: S101 - nobody asks before
+        return self._process.summary()
 
     async def stop(self) -> None:
         """End in good order: what is being delivered is finished and confirmed."""
-        await async_wait_until(lambda: self._daemon is not None or self.task.done())
+        await async_wait_until(lambda: self._process is not None or self.task.done())
         self._app.stop()
+
+    async def kill(self) -> None:
+        """Let it die from outside, as soon as it lives."""
+        await async_wait_until(lambda: self._process is not None or self.task.done())
+        self.die()
 
     def die(self) -> None:
         """Die at once; `task` ends when everything is over. Can be called from any thread."""
@@ -143,14 +144,14 @@ class Life:
         streaming = asyncio.create_task(self._app.run(self._config, until=self._until))
         dying = asyncio.create_task(self._dying.wait())
         try:
+            await asyncio.sleep(0)  # with its first step the process is there
+            self._process = self._app._daemon  # noqa: SLF001 - it has to be killed
             await asyncio.wait({streaming, dying}, return_when=asyncio.FIRST_COMPLETED)
-            if not self.crashed:
-                self._summary = await streaming
-            return self.summary()
+            return self.summary() if self.crashed else await streaming
         finally:
             dying.cancel()
-            if self.crashed and self._daemon is not None:
-                self._daemon.crash()
+            if self.crashed and self._process is not None:
+                self._process.crash()
             await self._end(streaming)
 
     async def _end(self, streaming: asyncio.Task[Summary]) -> None:

@@ -159,7 +159,7 @@ class HandlerStream:
         """
         if self._life is None or not self.is_running:
             raise RuntimeError("the handlers do not run: there is nothing to crash")
-        self._life.die()
+        await self._life.kill()
         await self._ended(DRAIN_SECONDS)
 
     @property
@@ -205,11 +205,13 @@ class HandlerStream:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        life = self._life
+        if life is None or life.told:
+            return
         if exception is None:
             await self.stop()
-        elif self._life is not None:
-            self._life.task.cancel()
-            await asyncio.wait({self._life.task})
+        else:
+            await _gone(life)
 
     def record(self, table: str = "*.*", *operations: str, **route: Any) -> None:
         """Keep the changes of a route in `changes`; the arguments are those of ``Walstream.on``."""
@@ -236,7 +238,7 @@ class HandlerStream:
         if not self.app.handlers:
             self.record()
         _configure_logs(self.config)
-        self._began_at = self.confirmed_flush_lsn()
+        self._began_at = self._slot.confirmed_flush_lsn()
         self._life = Life(
             self.app, self.config, self._crash, until=until, uncounted=self._recorders
         )
@@ -253,6 +255,7 @@ class HandlerStream:
                 raise
             raise self._timed_out(life, timeout_seconds) from None
         finally:
+            life.told = True
             await _gone(life)
             self._called.update(life.called)
         if life.crashed:
