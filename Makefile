@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format lock setup setup-python clean
+.PHONY: help demo test soak check bench format lock setup setup-python clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -15,6 +15,9 @@ demo: setup ## walstream on a throwaway PostgreSQL (ARGS="--seconds 20")
 # Private clusters are skipped where another server is given and no programs are there.
 test: $(if $(WALSTREAM_TEST_DSN),setup-python,setup) ## the tests (ARGS="-k slot"); WALSTREAM_TEST_DSN names a server to use
 	$(PYTHON) -m pytest $(ARGS)
+
+soak: setup ## the long runs of faults and kill -9, some minutes
+	$(PYTHON) -m pytest -m soak $(ARGS)
 
 check: setup-python ## linters, types and the layers of the imports
 	$(PYTHON) -m ruff check .

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(_line(rounds, asked))
 
 
-def _round(  # noqa: PLR0913 - what is measured where
+def _round(
     cluster: PrivateCluster,
     connection: psycopg.Connection,
     end: Lsn,

@@ -168,7 +168,7 @@ class Script:
         match fault:
             case Fault.HOLD:
                 held_since = time.time_ns()
-                while not self._gate.was_opened_after(held_since):
+                while not self._gate.was_opened_after(held_since):  # noqa: ASYNC110 - opened by another process
                     await asyncio.sleep(0.01)
             case Fault.SLOW:
                 await asyncio.sleep(0.03)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -167,10 +167,8 @@ def is_streaming(twins: Twins) -> bool:
 
 
 def wait_for_end(process: subprocess.Popen[bytes], seconds: float) -> None:
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass
 
 
 def dead(twins: Twins, process: subprocess.Popen[bytes], started_at: Lsn) -> Life:
@@ -211,32 +209,26 @@ def write(dsn: str, transactions: int, pace: threading.Semaphore) -> None:
 def statement(chance: random.Random, number: int) -> str:
     """Return a change of one row, of all, of a key, or a message."""
     row, other = chance.randrange(40), chance.randrange(40)
-    match chance.choices(range(8), (40, 12, 8, 12, 5, 12, 8, 0.3))[0]:
-        case 0:
-            return (
-                f"INSERT INTO items VALUES ({row}, {number})"
-                f" ON CONFLICT (id) DO UPDATE SET version = {number}"
-            )
-        case 1:
-            return f"DELETE FROM items WHERE id = {row}"
-        case 2:
-            return (
-                f"UPDATE items SET id = {other} WHERE id = {row}"
-                f" AND NOT EXISTS (SELECT FROM items WHERE id = {other})"
-            )
-        case 3:
-            return (
-                f"INSERT INTO pairs VALUES ({row % 5}, 'b{other % 3}', {number})"
-                f" ON CONFLICT (a, b) DO UPDATE SET version = {number}"
-            )
-        case 4:
-            return f"DELETE FROM pairs WHERE a = {row % 5}"
-        case 5:
-            return f"INSERT INTO notes VALUES ('{number}')"
-        case 6:
-            return f"SELECT pg_logical_emit_message(true, 'jobs {row % 3}', '{number}')"
-        case _:
-            return f"TRUNCATE {chance.choice(('items', 'pairs', 'notes'))}"
+    statements = (
+        (
+            f"INSERT INTO items VALUES ({row}, {number})"
+            f" ON CONFLICT (id) DO UPDATE SET version = {number}"
+        ),
+        f"DELETE FROM items WHERE id = {row}",
+        (
+            f"UPDATE items SET id = {other} WHERE id = {row}"
+            f" AND NOT EXISTS (SELECT FROM items WHERE id = {other})"
+        ),
+        (
+            f"INSERT INTO pairs VALUES ({row % 5}, 'b{other % 3}', {number})"
+            f" ON CONFLICT (a, b) DO UPDATE SET version = {number}"
+        ),
+        f"DELETE FROM pairs WHERE a = {row % 5}",
+        f"INSERT INTO notes VALUES ('{number}')",
+        f"SELECT pg_logical_emit_message(true, 'jobs {row % 3}', '{number}')",
+        f"TRUNCATE {chance.choice(('items', 'pairs', 'notes'))}",
+    )
+    return chance.choices(statements, (40, 12, 8, 12, 5, 12, 8, 0.3))[0]
 
 
 def assert_kept(
@@ -330,10 +322,11 @@ def summary(
     journals: dict[str, list[Entry]], lives: list[Life], repeats: list[int], watcher: Watcher
 ) -> str:
     """Say what was played."""
-    lines = [
+    first = (
         f"{len(lives)} processes: {dict(Counter(life.ended for life in lives))};"
         f" repeats {repeats}; {len(watcher.samples)} looks at the position"
-    ]
+    )
+    lines = [first]
     for name, entries in journals.items():
         calls = Counter(str(entry.phase) for entry in entries)
         lines.append(f"{name}: {dict(calls)} {dict(played(entries))}")

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
-import psycopg
 import pytest
 
 from tests import stages
@@ -215,7 +214,8 @@ def assert_order(name: str, recorder: Recorder, expected: Expected) -> None:
     kept = set(expected.ids)
     begun = [one for one in recorder.ids(Phase.BEGUN) if one in kept]
     assert stages.assert_in_order_per_key(name, begun, expected) >= 10
-    begun_at, done_at = {}, {}
+    begun_at: dict[str, int] = {}
+    done_at: dict[str, int] = {}
     for number, entry in enumerate(recorder.entries):
         places = begun_at if entry.phase is Phase.BEGUN else done_at
         places.update(dict.fromkeys(entry.ids, number))
@@ -259,31 +259,24 @@ def statement(chance: random.Random, number: int) -> str:
     """Return a change; few rows are changed often, many seldom."""
     row = chance.randrange(1, 20) if chance.random() < 0.5 else chance.randrange(1, KEYS + 1)
     other = chance.randrange(1, KEYS + 50)
-    match chance.choices(range(9), (30, 12, 12, 12, 8, 12, 5, 8, 0.2))[0]:
-        case 0:
-            return (
-                f"INSERT INTO items VALUES ({row}, {number})"
-                f" ON CONFLICT (id) DO UPDATE SET version = {number}"
-            )
-        case 1:
-            return f"DELETE FROM items WHERE id = {row}"
-        case 2:
-            return (
-                f"UPDATE items SET id = {other} WHERE id = {row}"
-                f" AND NOT EXISTS (SELECT FROM items WHERE id = {other})"
-            )
-        case 3:
-            return (
-                f"INSERT INTO pairs VALUES ({row % 9}, 'b{other % 5}', {number})"
-                f" ON CONFLICT (a, b) DO UPDATE SET version = {number}"
-            )
-        case 4:
-            return f"DELETE FROM pairs WHERE a = {row % 9} AND b = 'b{other % 5}'"
-        case 5:
-            return f"INSERT INTO tags VALUES ('{row % 30}', {number})"
-        case 6:
-            return f"UPDATE tags SET id = '{other % 30}' WHERE id = '{row % 30}'"
-        case 7:
-            return f"INSERT INTO notes VALUES ('{number}')"
-        case _:
-            return f"TRUNCATE {chance.choice(('items', 'pairs', 'notes', 'tags'))}"
+    statements = (
+        (
+            f"INSERT INTO items VALUES ({row}, {number})"
+            f" ON CONFLICT (id) DO UPDATE SET version = {number}"
+        ),
+        f"DELETE FROM items WHERE id = {row}",
+        (
+            f"UPDATE items SET id = {other} WHERE id = {row}"
+            f" AND NOT EXISTS (SELECT FROM items WHERE id = {other})"
+        ),
+        (
+            f"INSERT INTO pairs VALUES ({row % 9}, 'b{other % 5}', {number})"
+            f" ON CONFLICT (a, b) DO UPDATE SET version = {number}"
+        ),
+        f"DELETE FROM pairs WHERE a = {row % 9} AND b = 'b{other % 5}'",
+        f"INSERT INTO tags VALUES ('{row % 30}', {number})",
+        f"UPDATE tags SET id = '{other % 30}' WHERE id = '{row % 30}'",
+        f"INSERT INTO notes VALUES ('{number}')",
+        f"TRUNCATE {chance.choice(('items', 'pairs', 'notes', 'tags'))}",
+    )
+    return chance.choices(statements, (30, 12, 12, 12, 8, 12, 5, 8, 0.2))[0]

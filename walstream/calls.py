@@ -27,10 +27,11 @@ from walstream.destinations import Handler, Item, Sink
 from walstream.errors import HandlerFailed
 from walstream.lsn import Lsn
 
+_MODULES: Final = ("calls.py", "outlets.py", "transactional.py")
 _UNFINISHED: Final = (Generator, AsyncGenerator, Future)
 
-_WAY_TO_HANDLERS: Final = (
-    f"{Path(__file__).parent}{os.sep}",
+_WAY_TO_CALLS: Final = (
+    *[str(Path(__file__).with_name(name)) for name in _MODULES],
     threading.__file__,
     f"{Path(futures.__file__).parent}{os.sep}",
 )
@@ -63,7 +64,7 @@ class Slot:
     def stack(self) -> list[str]:
         """Say where the call stands, outermost first: ``file:line function`` each.
 
-        It begins with the handler: the way to it is left out, unless there is nothing else.
+        It begins with the handler or sink: the way to it is left out.
         """
         thread = self.thread  # the call may return meanwhile
         if thread is not None:
@@ -73,8 +74,8 @@ class Slot:
             places = traceback.StackSummary.extract(
                 (frame, frame.f_lineno) for frame in _suspended(self.task)
             )
-        own = list(dropwhile(lambda place: place.filename.startswith(_WAY_TO_HANDLERS), places))
-        return [f"{place.filename}:{place.lineno} {place.name}" for place in own or places]
+        own = dropwhile(lambda place: place.filename.startswith(_WAY_TO_CALLS), places)
+        return [f"{place.filename}:{place.lineno} {place.name}" for place in own]
 
 
 def _suspended(task: asyncio.Task[Any] | None) -> list[FrameType]:

@@ -78,7 +78,9 @@ class _Section(BaseModel):
         try:
             return cls(**content)
         except ValidationError as error:
-            problems = [f"{where_from}: {_problem(detail)}" for detail in error.errors()]
+            problems = [
+                f"{where_from}: {_problem(detail).removeprefix(': ')}" for detail in error.errors()
+            ]
             raise ConfigError(problems) from None
 
 
@@ -143,7 +145,7 @@ class ColumnsConfig(_Section):
 
 
 OnFailureName = Literal["stop", "dead_letter", "skip"]
-ColumnNames = Annotated[tuple[str, ...], Field(min_length=1)]
+ColumnNames = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 
 
 class HandlersConfig(_Section):
@@ -589,7 +591,7 @@ def _problem(detail: Any) -> str:
 
 
 def _may_be_secret(location: tuple[int | str, ...]) -> bool:
-    if location[-1] == "application_name":
+    if location[-1:] == ("application_name",) or location == ("key",):  # of a handler's lanes
         return False
     return location[0] in _SECRET_SECTIONS or not _SECRETS.isdisjoint(location)
 

@@ -87,7 +87,7 @@ class Summary(msgspec.Struct, frozen=True):
 class Daemon:
     """Streams with one configuration, through lost connections and restarts of the server."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run is made of
         self,
         config: Config,
         handlers: Sequence[tuple[RouteSpec | MessageSpec, Handler]] = (),
@@ -278,7 +278,9 @@ class Daemon:
             await self._catalog.partitions_changed()
             confirmed = await self._start(connection, {**START_OPTIONS, **pushed_down.options})
             for target in self._targets.values():
-                await target.open(systemid=systemid, flush_lsn=server.flush_lsn)
+                # Asked now, when the slot is ours: whoever had it before has recorded nothing since.
+                flush_lsn = (await self._catalog.server()).flush_lsn
+                await target.open(systemid=systemid, flush_lsn=flush_lsn)
             self._acknowledger = Acknowledger(confirmed)
             self._delivery.attach(self._acknowledger)
             binding = self._binding(server, pushed_down)

@@ -258,7 +258,8 @@ class Outlet(ABC):
 
     async def _more(self) -> bool:
         """Wait until something waits; return False when nothing will."""
-        await self._breathe()
+        if self._is_long_run():
+            await asyncio.sleep(0)
         while not self._is_waiting:
             if self._flow.is_closed or self._flow.halt is Halt.FINISH_CALLS:
                 return False
@@ -270,12 +271,10 @@ class Outlet(ABC):
     def _is_waiting(self) -> bool:
         return bool(self._waiting)
 
-    async def _breathe(self) -> None:
-        """Let others have the loop now and then: not every call waits for something."""
-        self._calls_in_a_row += 1
-        if self._calls_in_a_row >= MAX_CALLS_IN_A_ROW:
-            self._calls_in_a_row = 0
-            await asyncio.sleep(0)
+    def _is_long_run(self) -> bool:
+        """Whether it is time to let others have the loop: not every call waits for something."""
+        self._calls_in_a_row = (self._calls_in_a_row + 1) % MAX_CALLS_IN_A_ROW
+        return not self._calls_in_a_row
 
     async def _linger(self) -> None:
         """Wait for the rest of a batch, as long as the handler wants to."""
@@ -522,18 +521,26 @@ class Outlet(ABC):
         else:
             await self._recover([entry], [item], error, slot, attempts + 1)
 
-    async def _put_aside(self, unit: Sequence[Handed], error: BaseException, attempts: int) -> None:
+    async def _put_aside(
+        self,
+        unit: Sequence[Handed],
+        error: BaseException,
+        attempts: int,
+        failed: Item | None = None,
+    ) -> None:
         """Stop, skip changes, or keep them in the dead-letter store.
 
         Args:
             unit: one change, or those of a transaction.
             error: why.
             attempts: how many there were.
+            failed: which of them it is about; None for the first one, or all.
 
         Raises:
             DeliveryError: the policy is to stop, or the store does not take them.
         """
-        route, item, _, _ = unit[0]
+        route, first, _, _ = unit[0]
+        item = first if failed is None else failed
         policy = _policy(unit[0])
         if policy.on_failure is OnFailure.STOP:
             raise self._failure(item, error, attempts)
@@ -839,7 +846,7 @@ class TransactionOutlet(Outlet):
             await self._wait_until_visible(as_routed)
             item = self._modelled(as_routed)
             if isinstance(item, Exception):
-                await self._put_aside(unit, item, 1)
+                await self._put_aside(unit, item, 1, as_routed)
                 return [], [], []
             items.append(item)
         return unit, items, []
@@ -892,11 +899,13 @@ class LaneOutlet(Outlet):
 
     def wake(self) -> None:
         """Wake as many workers as there is work for; all when there will be no more."""
-        self._news.set()
-        is_over = self._is_over
-        if self._is_lingering and not is_over:
-            return  # the one that lingers wakes the others
-        count = len(self._slots) if is_over else self._lanes.ready
+        if self._is_lingering:
+            self._news.set()
+            if not self._is_over:
+                return  # the one that lingers wakes the others
+        if not self._idle:
+            return
+        count = len(self._slots) if self._is_over else self._lanes.ready
         while self._idle and count > 0:
             waiter = self._idle.popleft()
             if not waiter.done():
@@ -945,7 +954,8 @@ class LaneOutlet(Outlet):
 
     async def _next_entries(self) -> list[Entry[Handed]]:
         """Wait for something to do; return nothing when there will be nothing more."""
-        await self._breathe()
+        if self._is_long_run():
+            await asyncio.sleep(0)
         limit = self._options.batch or 1
         has_lingered = False
         while not self._is_over:

@@ -131,6 +131,7 @@ class TransactionalTarget:
         self._recorded = NOTHING  # at least; the table knows better
         self._replayed: frozenset[Position] = frozenset()
         self._connection: _HandlersAsyncConnection | None = None
+        self._reader: AsyncConnection[TupleRow] | None = None
         self._thread_connection: _HandlersConnection | None = None
         self._in_thread = threading.Lock()
         self._is_closed = False
@@ -174,8 +175,13 @@ class TransactionalTarget:
             return False
         if position_of(item) <= self._recorded:
             return True
-        async with self._questions() as connection:
-            row = await _ask(connection, self._statements.applied(position_of(item)))
+        self._reader = self._reader or await self._reached()
+        try:
+            with self._asking():
+                row = await _ask(self._reader, self._statements.applied(position_of(item)))
+        except BaseException:
+            self._discard(self._reader)
+            raise
         return row is not None
 
     async def forget_replayed(self) -> None:
@@ -234,8 +240,9 @@ class TransactionalTarget:
         """Close the connections; that of a function that still runs, when it returns."""
         self._is_closed = True
         self._close_threads()
-        if self._connection is not None:
-            self._discard(self._connection)
+        for connection in (self._connection, self._reader):
+            if connection is not None:
+                self._discard(connection)
 
     def _close_threads(self) -> None:
         if self._in_thread.acquire(blocking=False):
@@ -250,15 +257,18 @@ class TransactionalTarget:
     @asynccontextmanager
     async def _questions(self) -> AsyncIterator[AsyncConnection[TupleRow]]:
         """Open a connection of our own, outside of the handler's transactions."""
-        try:
-            connection = await connect(self._dsn, application_name=self._application_name)
-        except WalstreamError as error:
-            raise self._unreachable(error) from None
+        connection = await self._reached()
         try:
             with self._asking():
                 yield connection
         finally:
             await connection.close()
+
+    async def _reached(self) -> AsyncConnection[TupleRow]:
+        try:
+            return await connect(self._dsn, application_name=self._application_name)
+        except WalstreamError as error:
+            raise self._unreachable(error) from None
 
     async def _prepare(self, connection: AsyncConnection[TupleRow]) -> TupleRow | None:
         """Make what is missing, and read the row."""
@@ -426,6 +436,8 @@ class TransactionalTarget:
         self._recorded = NOTHING  # the next server may have been restored from a backup
         if connection is self._connection:
             self._connection = None
+        elif connection is self._reader:
+            self._reader = None
         else:
             self._thread_connection = None
 

@@ -14,7 +14,15 @@ from walstream.errors import DecodeError
 from walstream.filters import parse
 from walstream.lsn import Lsn
 from walstream.projection import Mask, Projection
-from walstream.router import INDEX_FROM, MessageRoute, Route, Router, Rule, TablePattern
+from walstream.router import (
+    INDEX_FROM,
+    OWN_TABLES,
+    MessageRoute,
+    Route,
+    Router,
+    Rule,
+    TablePattern,
+)
 from walstream.values import Types
 
 TYPES = Types(lambda _: lambda text: text.decode())
@@ -526,3 +534,24 @@ def test_indexed_routes_are_explained_too() -> None:
     router = bound(*[route(where=f"id=eq.{number}") for number in range(INDEX_FROM)])
     assert [one.kept for one in router.explain(insert(id=2))] == [False, False, True, False]
     assert [one.rule for one in router.explain(delete(status="x"))] == [Rule.ABSENT] * INDEX_FROM
+
+
+def test_walstreams_own_tables_come_only_to_routes_that_name_them() -> None:
+    """A pattern that meant them would make changes of what a change has caused."""
+    own = layout(min(OWN_TABLES))
+    named = str(TablePattern(own.relation.schema, own.relation.name))
+    router = bound(route("*.*"), route(named), to=own)
+    assert matches(router, insert(own, id=1)) == [1]
+    told = router.explain(insert(own, id=1))[0]
+    assert told.rule is Rule.TABLE
+    assert told.reason == f"is for *.*, which does not mean walstream's own {own.relation}"
+
+
+def test_all_routes_are_listed_with_their_counts() -> None:
+    message_route = MessageRoute("messages", "*", None)
+    router = Router([route()], [message_route])
+    router.route_message(Message("mail", "", Lsn(1)))
+    assert [(one.name, counts.matched) for one, counts in router.counted()] == [
+        ("", 0),
+        ("messages", 1),
+    ]

@@ -24,7 +24,7 @@ from walstream.changes import Change, Message, Operation
 from walstream.cli.options import ConfigFile, Dsn, load_config
 from walstream.cli.routing import load_handlers
 from walstream.cli.streaming import leave, run_until_signal
-from walstream.config import Config
+from walstream.config import Config, StdoutSinkConfig
 from walstream.dead_letters import (
     DeadLetterStore,
     LetterQuery,
@@ -306,7 +306,9 @@ def replay(  # noqa: PLR0913 - one for each option
 
     try:
         reports = run_until_signal(replaying, lambda: replaying.run(query, confirm))
-        _print_reports(reports, as_json=json)
+        # Where a sink is the standard output, letters go there.
+        has_stdout = any(isinstance(sink, StdoutSinkConfig) for sink in settings.sinks.values())
+        _print_reports(reports, as_json=json, err=has_stdout)
         _verify_nothing_left(reports)
     except WalstreamError as failure:
         leave(replaying, failure)
@@ -538,15 +540,15 @@ def _print_dropped(dropped: int, keys: set[tuple[str, Key]], blocked: set[tuple[
     _print_keys("still held up by other letters", keys & blocked)
 
 
-def _print_reports(reports: Sequence[RouteReport], *, as_json: bool) -> None:
+def _print_reports(reports: Sequence[RouteReport], *, as_json: bool, err: bool) -> None:
     if as_json:
         for report in reports:
             described = msgspec.structs.asdict(report)
             described["blocked"] = [_described_key(key) for key in report.blocked]
-            typer.echo(msgspec.json.encode(described).decode())
+            typer.echo(msgspec.json.encode(described).decode(), err=err)
         return
     if not reports:
-        typer.echo("no dead letters")
+        typer.echo("no dead letters", err=err)
     for report in reports:
         parts = [f"{report.delivered} delivered", f"{report.failed} failed again"]
         if waiting := report.left - report.failed:
@@ -555,9 +557,9 @@ def _print_reports(reports: Sequence[RouteReport], *, as_json: bool) -> None:
             parts.append(f"{report.added} of them not asked for, but about the same rows")
         if report.reason:
             parts = [f"{report.left} left: {report.reason}"]
-        typer.echo(f"{report.route}: {', '.join(parts)}")
+        typer.echo(f"{report.route}: {', '.join(parts)}", err=err)
     blocked = {(report.route, key) for report in reports for key in report.blocked}
-    _print_keys("still held up", blocked)
+    _print_keys("still held up", blocked, err=err)
 
 
 def _verify_nothing_left(reports: Sequence[RouteReport]) -> None:
@@ -572,12 +574,12 @@ def _verify_nothing_left(reports: Sequence[RouteReport]) -> None:
         raise LettersLeft(message, hint=hint)
 
 
-def _print_keys(what: str, keys: Iterable[tuple[str, Key]]) -> None:
+def _print_keys(what: str, keys: Iterable[tuple[str, Key]], *, err: bool = False) -> None:
     lines = sorted(f"{what}: {_key_text(key)} of {route}" for route, key in keys)
     for line in lines[:_KEYS_SHOWN]:
-        typer.echo(line)
+        typer.echo(line, err=err)
     if len(lines) > _KEYS_SHOWN:
-        typer.echo(f"{what}: {len(lines) - _KEYS_SHOWN} more")
+        typer.echo(f"{what}: {len(lines) - _KEYS_SHOWN} more", err=err)
 
 
 def _key_text(key: Key) -> str:
