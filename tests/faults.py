@@ -78,7 +78,7 @@ COMMON: Final = (
     Fault.GIVE_UP,
 )
 
-ASYNC_ONLY: Final[tuple[Fault, ...]] = ()
+ASYNC_ONLY: Final = (Fault.CANCEL_TASK,)
 
 ATTEMPTS: Final = 4
 """Of each handler, by the configuration."""

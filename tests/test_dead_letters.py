@@ -861,6 +861,26 @@ async def test_a_lost_connection_is_replaced(database: Database, table: Postgres
     assert await ids(table) == [id_of(number) for number in range(1, 6)]
 
 
+async def test_a_replay_whose_lock_is_lost_is_told(
+    database: Database, table: PostgresStore
+) -> None:
+    await table.open()
+    async with table.exclusive() as verify:
+        await verify()
+        database.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE application_name = 'walstream' AND state = 'idle in transaction'"
+        )
+        with pytest.raises(DeadLetterStoreFailed, match="dead letters in the schema"):
+            await verify()
+    async with table.exclusive() as verify:
+        await verify()
+        database.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE application_name = 'walstream' AND state = 'idle in transaction'"
+        )
+
+
 async def test_a_server_that_is_gone_is_told(private_cluster: StartCluster) -> None:
     cluster = private_cluster()
     store = in_postgres(cluster.conninfo())

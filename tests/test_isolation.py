@@ -365,9 +365,9 @@ def assert_tells_where(told: str, folder: Path, way: str) -> None:
     assert (stuck["level"], stuck["destination"]) == ("error", "stuck")
     assert stuck["key"] == "public.items [3]"
     assert stuck["change"].endswith(":1")
-    assert stuck["stack"][0].startswith(f"{folder / 'handlers.py'}:")
-    assert " hold" in stuck["stack"][0]
-    assert way == "def" or "sleep" in stuck["stack"][-1]
+    assert stuck["frames"][0].startswith(f"{folder / 'handlers.py'}:")
+    assert " hold" in stuck["frames"][0]
+    assert way == "def" or "sleep" in stuck["frames"][-1]
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:

@@ -542,7 +542,7 @@ async def test_messages_are_delivered(options: dict[str, Any]) -> None:
 async def test_a_destination_that_is_slow_holds_up_others_only_when_too_much_is_in_flight() -> None:
     slow, quick = Gate("a"), Gate()
     one, other = handler(slow, "slow"), handler(quick, "quick")
-    line = Line(one, other, limits=Limits(max_in_flight_changes=3))
+    line = Line(one, other, limits=Limits(max_in_flight_changes=23))
     async with line.session():
         line.commit("a", to=one)
         for number in range(20):
@@ -941,8 +941,8 @@ async def test_a_call_that_lasts_too_long_is_told_once_with_its_stack(kind: str)
     assert stuck["change"] == "0/64:1"
     assert stuck["key"] == 'public.orders ["a"]'
     assert 60 < stuck["seconds"] < 63
-    assert stuck["stack"][0].startswith(f"{HERE}:")
-    names = [place.rpartition(" ")[2] for place in stuck["stack"]]
+    assert stuck["frames"][0].startswith(f"{HERE}:")
+    names = [place.rpartition(" ")[2] for place in stuck["frames"]]
     assert names[:4] == ["outer", "sleeping_deep", "__call__", "until"]
     assert (moves["event"], moves["destination"]) == ("handler_moves_again", "handler")
 
@@ -996,8 +996,8 @@ async def test_the_stack_of_a_sync_handler_begins_with_it(options: dict[str, Any
             line.delivery.watch(time.monotonic() + 100)
             opened.set()
     [stuck] = logs
-    assert stuck["stack"][0].startswith(f"{HERE}:")
-    assert [place.rpartition(" ")[2] for place in stuck["stack"][:2]] == ["outer", "inner"]
+    assert stuck["frames"][0].startswith(f"{HERE}:")
+    assert [place.rpartition(" ")[2] for place in stuck["frames"][:2]] == ["outer", "inner"]
     line.delivery.close()
 
 
@@ -1006,9 +1006,9 @@ async def test_the_stack_of_a_sink_of_ours_is_told_too() -> None:
     stuck = asyncio.create_task(Worker("stuck").call(opened.wait, 10))
     await asyncio.sleep(0)
     slot = Slot()
-    assert slot.stack() == []
+    assert slot.frames() == []
     slot.task = stuck
-    assert slot.stack()[0].startswith(f"{worker.__file__}:")
+    assert slot.frames()[0].startswith(f"{worker.__file__}:")
     opened.set()
     await stuck
 

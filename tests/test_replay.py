@@ -30,7 +30,7 @@ from walstream.calls import NotRun
 from walstream.config import Config, parse
 from walstream.dead_letters import DeadLetterStore, LetterQuery, StoredLetter
 from walstream.dead_letters.bounds import HeldUp
-from walstream.errors import HandlerFailed, ReplayRuns
+from walstream.errors import DeadLetterStoreFailed, HandlerFailed, ReplayRuns
 from walstream.keys import WHOLE_TABLE, conflict
 from walstream.replay import Replay, RouteReport, plan
 
@@ -532,6 +532,34 @@ async def test_what_no_letter_could_be_delivered_to_ends_the_replay(
     assert [one.letter for one in await letters(file_stream)] == before[2:]
 
 
+async def test_a_store_that_fails_ends_the_replay_and_keeps_its_letters(
+    orders: Database, file_stream: Stream, book: Book
+) -> None:
+    attach(file_stream, book, "async")
+    book.poison = {1, 2}
+    trade(orders, 1, 2)
+    await file_stream.drain()
+    path = file_stream.config.dead_letters.path
+    elsewhere = path.with_name("elsewhere")
+
+    async def take(change: Change) -> None:
+        if path.exists():
+            path.rename(elsewhere)
+        await asyncio.sleep(0.01)
+
+    file_stream.app.handlers = []
+    file_stream.app.on("public.orders", name="book")(take)
+    with pytest.raises(DeadLetterStoreFailed, match="removed or replaced"):
+        await replay(file_stream)
+    elsewhere.rename(path)
+    file_stream.app.handlers = []
+    attach(file_stream, book, "async")
+    book.poison = set()
+    await replay(file_stream)
+    assert book.of(2) == life_of(2)
+    assert await letters(file_stream) == []
+
+
 # ---- At the same time
 
 
@@ -598,7 +626,7 @@ async def test_the_daemon_parks_until_the_last_letter_is_gone(
 
         def write() -> None:
             with orders.connect() as connection:
-                while not finished.wait(0.003):  # seconds between two changes
+                while not finished.wait(0.01):  # seconds between two changes
                     written.append(str(len(written)))
                     connection.execute("UPDATE orders SET status = %s WHERE id = 1", written[-1:])
 

@@ -22,10 +22,12 @@ class Ticket:
     Only the acknowledger looks at the rest.
     """
 
-    __slots__ = ("begun", "closed", "end_lsn", "untaken")
+    __slots__ = ("acknowledger", "begun", "closed", "end_lsn", "handed", "untaken")
 
-    def __init__(self, end_lsn: Lsn) -> None:
+    def __init__(self, end_lsn: Lsn, acknowledger: Acknowledger | None = None) -> None:
+        self.acknowledger = acknowledger
         self.end_lsn = end_lsn
+        self.handed = 0
         self.untaken = 0
         self.closed = False
         self.begun = False
@@ -39,6 +41,7 @@ class Acknowledger:
         self._flush_lsn = confirmed_flush_lsn
         self._tickets: deque[Ticket] = deque()
         self._progress = 0
+        self._beyond = 0
 
     @property
     def flush_lsn(self) -> Lsn:
@@ -55,14 +58,23 @@ class Acknowledger:
         """A number that grows whenever something is taken; standing still means stuck."""
         return self._progress
 
+    @property
+    def beyond(self) -> int:
+        """How many changes were handed out of complete transactions beyond the watermark.
+
+        Taken or not, they come again when the process dies now.
+        """
+        return self._beyond
+
     def open(self, end_lsn: Lsn) -> Ticket:
         """A transaction begins that will end at ``end_lsn``."""
-        ticket = Ticket(end_lsn)
+        ticket = Ticket(end_lsn, self)
         self._tickets.append(ticket)
         return ticket
 
     def hand(self, ticket: Ticket, count: int = 1) -> None:
         """``count`` changes of the transaction are on their way to handlers and sinks."""
+        ticket.handed += count
         ticket.untaken += count
 
     def take(self, ticket: Ticket, count: int = 1) -> None:
@@ -82,6 +94,7 @@ class Acknowledger:
     def close(self, ticket: Ticket) -> None:
         """The transaction's COMMIT arrived: nothing more will be handed out for it."""
         ticket.closed = True
+        self._beyond += ticket.handed
         self._progress += 1
         self._advance()
 
@@ -98,4 +111,6 @@ class Acknowledger:
     def _advance(self) -> None:
         tickets = self._tickets
         while tickets and tickets[0].closed and tickets[0].untaken == 0:
-            self._flush_lsn = max(self._flush_lsn, tickets.popleft().end_lsn)
+            ticket = tickets.popleft()
+            self._beyond -= ticket.handed
+            self._flush_lsn = max(self._flush_lsn, ticket.end_lsn)

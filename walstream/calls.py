@@ -61,7 +61,7 @@ class Slot:
         """Let go of all that the last session has left."""
         self.item = self.task = None
 
-    def stack(self) -> list[str]:
+    def frames(self) -> list[str]:
         """Say where the call stands, outermost first: ``file:line function`` each.
 
         It begins with the handler or sink: the way to it is left out.

@@ -278,7 +278,7 @@ class Daemon:
             await self._catalog.partitions_changed()
             confirmed = await self._start(connection, {**START_OPTIONS, **pushed_down.options})
             for target in self._targets.values():
-                # Asked now, when the slot is ours: whoever had it before has recorded nothing since.
+                # Asked now that the slot is ours: whoever had it before records nothing any more.
                 flush_lsn = (await self._catalog.server()).flush_lsn
                 await target.open(systemid=systemid, flush_lsn=flush_lsn)
             self._acknowledger = Acknowledger(confirmed)

@@ -125,7 +125,7 @@ class Delivery:
     @property
     def is_busy(self) -> bool:
         """Whether a ``def`` handler still runs."""
-        return any(outlet.caller.is_busy for outlet in self._outlets.values())
+        return any(outlet.is_busy for outlet in self._outlets.values())
 
     def attach(self, acknowledger: Acknowledger) -> None:
         """Begin a session: take changes from its acknowledger from now on.
@@ -215,7 +215,7 @@ class Delivery:
             change=held.change_id,
             key=held.key,
             seconds=round(now - held.since, 1),
-            stack=held.slot.stack(),
+            frames=held.slot.frames(),
         )
 
     def close(self) -> None:

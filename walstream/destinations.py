@@ -52,17 +52,6 @@ class HandlerOptions(msgspec.Struct, frozen=True):
         """Whether a call is made with a list."""
         return self.batch > 0 or self.transactions
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether a call is nothing but the function with one change as it was routed."""
-        return not (
-            self.takes_list
-            or self.concurrency > 1
-            or self.visible
-            or self.transactional is not None
-            or self.model is not None
-        )
-
 
 class Handler:
     """A user's function. ``async def`` runs in the event loop, ``def`` in a thread.

@@ -57,13 +57,20 @@ class Flow:
 
     def take(self, ticket: Ticket, count: int, size_bytes: int) -> None:
         """So many changes of a transaction are taken."""
+        if ticket.acknowledger not in (None, self._acknowledger):
+            return  # of an earlier session: it comes again
         self._acknowledger.take(ticket, count)
         self._remove(count, size_bytes)
 
     @property
     def is_full(self) -> bool:
         """Whether the reader has to wait."""
-        return self.changes >= self._max_changes or self.size_bytes >= self._max_bytes
+        return (
+            self.changes >= self._max_changes
+            or self.size_bytes >= self._max_bytes
+            # What is taken, and stands behind what is not, comes again after a crash.
+            or (self.halt is Halt.GOING and self._acknowledger.beyond >= self._max_changes)
+        )
 
     @property
     def max_bytes(self) -> int:

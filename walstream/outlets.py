@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final
+from weakref import WeakSet
 
 import msgspec
 import structlog
@@ -56,10 +57,13 @@ MAX_ASYNC_RUN: Final = 1000
 MAX_CALLS_IN_A_ROW: Final = 100
 """The same of all other calls, which cost more."""
 
-_NEVER_AGAIN: Final = (NotRun, OutputClosed, SetupError)
+_CANCEL_SECONDS: Final = 2.0
+"""How long a handler gets to end when it is cancelled."""
+
+_NEVER_AGAIN: Final = (NotRun, OutputClosed, SetupError, TransactionBroken)
 """No attempt and no other change would fare better: whatever the policy, the stream stops."""
 
-_SAME_AGAIN: Final = (RowInvalid, TransactionBroken, TransactionTooLarge)
+_SAME_AGAIN: Final = (RowInvalid, TransactionTooLarge)
 """The same change would fail the same way: no further attempt, then the policy."""
 
 _COMES_AGAIN: Final = (
@@ -151,6 +155,14 @@ class Outlet(ABC):
         self._in_flight = 0
         self._in_flight_bytes = 0
         self._has_let_go = False
+        self._has_dropped = False
+        self._left_behind = asyncio.Event()  # set when no earlier session's work goes on
+        self._left_behind.set()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call goes on that does not end when it is told to."""
+        return self.caller.is_busy or not self._left_behind.is_set()
 
     @property
     def name(self) -> str:
@@ -185,6 +197,7 @@ class Outlet(ABC):
         self._news = asyncio.Event()
         self._in_flight = self._in_flight_bytes = 0
         self._has_let_go = False
+        self._has_dropped = False
         self._clear_slots()
 
     def add(self, handed: Sequence[Handed]) -> None:
@@ -206,6 +219,8 @@ class Outlet(ABC):
             DeliveryError: a change was not taken, and its policy is to stop.
         """
         await self.caller.settle()
+        await self._left_behind.wait()
+        self._left_behind.clear()
         for slot in self._slots:
             slot.end()
         try:
@@ -213,14 +228,15 @@ class Outlet(ABC):
         except _CutShort:
             self._let_go()
         finally:
+            self._left_behind.set()
             self._clear_slots()
 
     @abstractmethod
     async def _work(self) -> None: ...
 
     def _clear_slots(self) -> None:
-        """What was cancelled is not held any more; a thread still has what it has in hand."""
-        if not self.caller.is_busy:
+        """What was cancelled is not held any more; what goes on still is."""
+        if not self.is_busy:
             for slot in self._slots:
                 slot.clear()
 
@@ -292,13 +308,44 @@ class Outlet(ABC):
             self.waiting >= self._options.batch or flow.is_full or flow.is_closed or flow.halt
         )
 
+    def _may_begin(self, ticket: Ticket) -> bool:
+        """Whether a change of this transaction may be given to the destination.
+
+        After one that may not, none may: another destination, or another lane, may have begun a
+        later transaction, and commit order would be lost.
+        """
+        if not self._has_dropped and self._flow.may_begin(ticket):
+            return True
+        self._has_dropped = True
+        return False
+
+    async def _settle_cancellation(self) -> None:
+        """Pass a cancellation of ours on; one that the handler has made itself is over now.
+
+        Raises:
+            asyncio.CancelledError: the task is to end, whatever the handler made of that.
+        """
+        task = asyncio.current_task()
+        if task is None or not task.cancelling():
+            return
+        if task not in _told_to_end:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)  # what the handler has left for the next await
+        if task in _told_to_end:
+            raise asyncio.CancelledError
+        while task.uncancel():
+            pass
+
     def _next(self, limit: int) -> list[Handed]:
         """Return what may be begun of the next changes."""
-        waiting, may_begin = self._waiting, self._flow.may_begin
+        waiting = self._waiting
         unit: list[Handed] = []
+        begun: Ticket | None = None
         while waiting and len(unit) < limit:
             entry = waiting.popleft()
-            if may_begin(entry[2]):
+            ticket = entry[2]
+            if ticket is begun or self._may_begin(ticket):
+                begun = ticket
                 unit.append(entry)
             else:
                 self._drop(entry)
@@ -433,7 +480,7 @@ class Outlet(ABC):
         try:
             redelivered, error = await self.caller.call(items, slot)
         except (Exception, asyncio.CancelledError) as raised:
-            _pass_cancellation()
+            await self._settle_cancellation()
             if not isinstance(self.destination, Handler) and not isinstance(
                 raised, OSError | SinkFailed | OutputClosed | asyncio.CancelledError
             ):
@@ -442,6 +489,8 @@ class Outlet(ABC):
             return raised
         slot.end()
         self.counts.redelivered += redelivered
+        if not _is_told_to_end():  # what it has taken by returning is told first
+            await self._settle_cancellation()
         return error
 
     async def _recover(
@@ -607,7 +656,8 @@ class Outlet(ABC):
     def _delivered(self, unit: Sequence[Handed]) -> None:
         self.counts.delivered += len(unit)
         self._take(unit)
-        _pass_cancellation()  # the handler may have swallowed it
+        if _is_told_to_end():  # and the handler has swallowed it
+            raise asyncio.CancelledError
 
     def _take(self, unit: Iterable[Handed]) -> None:
         """Tell that changes are taken, with one call for each transaction."""
@@ -630,8 +680,9 @@ class PlainOutlet(Outlet):
     async def _work(self) -> None:
         slot = self._slots[0]
         slot.task = asyncio.current_task()
+        parking = self._services.parking
         while await self._more():
-            if self._has_conditions:
+            if parking is not None and parking.is_used:
                 for entry in self._next(1):
                     await self._deliver([entry], slot)
             else:
@@ -639,11 +690,14 @@ class PlainOutlet(Outlet):
                 if self._waiting:
                     await asyncio.sleep(0)
 
-    async def _call_all(self, slot: Slot) -> None:
+    async def _call_all(  # noqa: C901, PLR0912 - calls in between would cost more than all it does
+        self, slot: Slot
+    ) -> None:
         """Call for what waits; what was called is taken when a transaction is through."""
         handler = self.destination
         assert isinstance(handler, Handler)  # noqa: S101 - see outlet_of
-        function = handler.function
+        function, options = handler.function, handler.options
+        model, visible = options.model, options.visible
         waiting, flow, monotonic = self._waiting, self._flow, time.monotonic
         task = slot.task
         assert task is not None  # noqa: S101 - set by _work
@@ -657,9 +711,19 @@ class PlainOutlet(Outlet):
                     self._called(current, count, size_bytes)
                 count = size_bytes = 0
                 current = ticket
-                if not flow.may_begin(ticket):
+                if not self._may_begin(ticket):
                     self._drop(entry)
                     continue
+                if visible:
+                    await self._wait_until_visible(item)
+            if model is not None:
+                modelled = self._modelled(item)
+                if isinstance(modelled, Exception):
+                    if count:
+                        self._called(current, count, size_bytes)
+                    await self._put_aside([entry], modelled, 1)
+                    return
+                item = modelled
             slot.item = item
             slot.since = monotonic()
             try:
@@ -670,7 +734,7 @@ class PlainOutlet(Outlet):
                 slot.end()
                 if count:
                     self._called(current, count, size_bytes)
-                _pass_cancellation()
+                await self._settle_cancellation()
                 await self._recover([entry], [item], error, slot)
                 return
             count += 1
@@ -680,7 +744,7 @@ class PlainOutlet(Outlet):
         slot.end()
         if current is not None and count:
             self._called(current, count, size_bytes)
-        _pass_cancellation()
+        await self._settle_cancellation()
 
     def _called(self, ticket: Ticket, count: int, size_bytes: int) -> None:
         self.counts.delivered += count
@@ -818,7 +882,7 @@ class TransactionOutlet(Outlet):
         slot = self._slots[0]
         while await self._more():
             unit, is_refused = self._units.popleft()
-            if not self._flow.may_begin(unit[0][2]):
+            if not self._may_begin(unit[0][2]):
                 for entry in unit:
                     self._drop(entry)
             elif is_refused:
@@ -986,14 +1050,16 @@ class LaneOutlet(Outlet):
         """Return what may be begun; the rest is dropped, and comes again."""
         unit = []
         for entry in entries:
-            if self._flow.may_begin(entry.item[2]):
+            if self._may_begin(entry.item[2]):
                 unit.append(entry.item)
             else:
                 self._drop(entry.item)
         return unit
 
 
-def outlet_of(destination: Destination, caller: Caller, services: Services) -> Outlet:
+def outlet_of(  # noqa: PLR0911 - one for each kind
+    destination: Destination, caller: Caller, services: Services
+) -> Outlet:
     """Return the way to a destination."""
     if not isinstance(destination, Handler):
         return UnitOutlet(destination, caller, services)
@@ -1006,7 +1072,9 @@ def outlet_of(destination: Destination, caller: Caller, services: Services) -> O
         return UnitOutlet(destination, caller, services)
     if not destination.is_async:
         return ThreadOutlet(destination, caller, services)
-    return (PlainOutlet if options.is_plain else UnitOutlet)(destination, caller, services)
+    if options.transactional is not None:
+        return UnitOutlet(destination, caller, services)
+    return PlainOutlet(destination, caller, services)
 
 
 async def run_together(
@@ -1032,12 +1100,22 @@ async def run_together(
             on_failure()
             await asyncio.wait(pending, timeout=drain_seconds)
     finally:
+        _told_to_end.update(tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # One that swallows its cancellation for ever is left behind: `Outlet.is_busy`.
+        await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
     for task in tasks:
-        if not task.cancelled():
+        if task.done() and not task.cancelled():
             task.result()
+
+
+_told_to_end: Final[WeakSet[asyncio.Task[None]]] = WeakSet()
+"""Tasks that `run_together` has cancelled: any other cancellation is a handler's own."""
+
+
+def _is_told_to_end() -> bool:
+    return asyncio.current_task() in _told_to_end
 
 
 def _keys(item: Item, columns: Sequence[str] | None) -> tuple[Key, ...]:
@@ -1058,10 +1136,3 @@ def _pause(
     if isinstance(error, _NEVER_AGAIN + _SAME_AGAIN):
         return None
     return policy.pause_seconds(attempt, error, elapsed_seconds)
-
-
-def _pass_cancellation() -> None:
-    """Raise CancelledError when our task was cancelled, whatever user code made of that."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

@@ -182,14 +182,14 @@ class PostgresStore:
         except WalstreamError as error:
             raise self._failed(error) from error
         try:
-            async with connection.transaction(force_rollback=True):
-                await self._lock_replays(connection)
-                yield partial(self._verify_lock, connection)
+            await self._lock_replays(connection)
+            yield partial(self._verify_lock, connection)
         finally:
-            await connection.close()
+            await connection.close()  # the server rolls back
 
     async def _lock_replays(self, connection: _Connection) -> None:
         try:
+            await connection.execute(b"BEGIN")
             await connection.execute(_NO_TIMEOUT)
             locked = await connection.execute(
                 _TRY_LOCK, [f"walstream replay {self._schema} {self._slot}"]
