@@ -7,7 +7,7 @@ import time
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, assert_never
+from typing import Any, Final
 
 import msgspec
 from pydantic import BaseModel
@@ -15,14 +15,21 @@ from pydantic import BaseModel
 from bench.processes import cpu_seconds, peak_mib, read_job, write_result
 from bench.workload import FILTER, TABLE
 from walstream import Change, Config, Walstream, logs
+from walstream.cli.streaming import collect_less
 
 
 class Kind(StrEnum):
-    """A kind of handler. Every one touches the same column of each row."""
+    """A kind of handler. Every one touches the same column of each row.
+
+    Those that yield let the event loop run once in each call, as one does that waits for something;
+    the others return at once.
+    """
 
     ASYNC = "async def"
+    YIELDING = "async def, yields"
     SYNC = "def"
     BATCH = "async def, batch=500"
+    YIELDING_BATCH = "async def, yields, batch=500"
     SYNC_BATCH = "def, batch=500"
     TRANSACTIONS = "async def, transactions"
     LANES = "async def, concurrency=8"
@@ -100,6 +107,7 @@ async def drain(config: Config, until: str, kind: Kind) -> Drained:
     """Stream to a handler that touches one column of the row."""
     stream = Walstream()
     attach(stream, kind)
+    collect_less()  # as walstream run does
     used_before, started = cpu_seconds(), time.monotonic()
     summary = await stream.run(config, until=until)
     return Drained(
@@ -111,47 +119,56 @@ async def drain(config: Config, until: str, kind: Kind) -> Drained:
     )
 
 
+async def _read(change: Change) -> None:
+    change.row["content"]
+
+
+async def _read_and_yield(change: Change) -> None:
+    change.row["content"]
+    await asyncio.sleep(0)
+
+
+async def _read_all_and_yield(changes: list[Change]) -> None:
+    for change in changes:
+        change.row["content"]
+    await asyncio.sleep(0)
+
+
+def _read_in_thread(change: Change) -> None:
+    change.row["content"]
+
+
+async def _read_all(changes: list[Change]) -> None:
+    for change in changes:
+        change.row["content"]
+
+
+def _read_all_in_thread(changes: list[Change]) -> None:
+    for change in changes:
+        change.row["content"]
+
+
+async def _read_model(change: Change[Posted]) -> None:
+    change.row.content  # noqa: B018 - it is what is measured
+
+
+_KINDS: Final[dict[Kind, tuple[Any, dict[str, Any]]]] = {
+    Kind.ASYNC: (_read, {}),
+    Kind.YIELDING: (_read_and_yield, {}),
+    Kind.YIELDING_BATCH: (_read_all_and_yield, {"batch": 500}),
+    Kind.SYNC: (_read_in_thread, {}),
+    Kind.BATCH: (_read_all, {"batch": 500}),
+    Kind.SYNC_BATCH: (_read_all_in_thread, {"batch": 500}),
+    Kind.TRANSACTIONS: (_read_all, {"transactions": True}),
+    Kind.LANES: (_read, {"concurrency": 8}),
+    Kind.MODEL: (_read_model, {"model": Posted}),
+    Kind.VISIBLE: (_read, {"visible": True}),
+}
+
+
 def attach(stream: Walstream, kind: Kind) -> None:
     """Attach a handler of a kind."""
-
-    async def read(change: Change) -> None:
-        change.row["content"]
-
-    def read_in_thread(change: Change) -> None:
-        change.row["content"]
-
-    async def read_all(changes: list[Change]) -> None:
-        for change in changes:
-            change.row["content"]
-
-    def read_all_in_thread(changes: list[Change]) -> None:
-        for change in changes:
-            change.row["content"]
-
-    async def read_model(change: Change[Posted]) -> None:
-        change.row.content  # noqa: B018 - it is what is measured
-
-    options: dict[str, Any]
-    function: Any
-    match kind:
-        case Kind.ASYNC:
-            function, options = read, {}
-        case Kind.SYNC:
-            function, options = read_in_thread, {}
-        case Kind.BATCH:
-            function, options = read_all, {"batch": 500}
-        case Kind.SYNC_BATCH:
-            function, options = read_all_in_thread, {"batch": 500}
-        case Kind.TRANSACTIONS:
-            function, options = read_all, {"transactions": True}
-        case Kind.LANES:
-            function, options = read, {"concurrency": 8}
-        case Kind.MODEL:
-            function, options = read_model, {"model": Posted}
-        case Kind.VISIBLE:
-            function, options = read, {"visible": True}
-        case _:
-            assert_never(kind)
+    function, options = _KINDS[kind]
     stream.on(TABLE, "update", where=FILTER, **options)(function)
 
 

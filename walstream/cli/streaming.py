@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import os
 import secrets
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import structlog
 import typer
@@ -75,6 +76,7 @@ def run(
     app = app or settings.handlers.app
     handlers = load_app(app).handlers if app else []
     daemon = Daemon(settings, handlers, until=until)
+    collect_less()
     try:
         summary = run_daemon(daemon)
     except WalstreamError as error:
@@ -180,6 +182,21 @@ def _tail_sink(*, is_recording: bool, json: bool) -> Sink:
     if is_recording:
         return NullSink("tail")
     return TerminalSink("tail") if sys.stdout.isatty() else StdoutSink("tail")
+
+
+COLLECT_AFTER: Final = 20_000
+"""So many more objects than before, and Python looks for cycles among the young ones."""
+
+
+def collect_less() -> None:
+    """Let Python look for reference cycles less often; the modules are not looked at any more.
+
+    What is in flight are thousands of small objects without cycles. With Python's own threshold of
+    700 a batch of 500 changes costs 1 µs of CPU time more for each.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER, 20, 20)
 
 
 def load_app(path: str) -> Walstream:
