@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,6 +34,7 @@ class Walstream:
     def __init__(self) -> None:
         self.handlers: list[tuple[RouteSpec | MessageSpec, Handler]] = []
         self._daemon: Daemon | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def on(  # noqa: PLR0913 - a route's parts, each by its name
         self,
@@ -192,6 +194,7 @@ class Walstream:
             config = configuration.load(None if config is None else Path(config))
         if not structlog.is_configured():  # by default structlog prints to the standard output
             logs.configure(config.log.level, config.log.format)
+        self._loop = asyncio.get_running_loop()
         self._daemon = Daemon(config, self.handlers, until=until)
         try:
             return await self._daemon.run()
@@ -199,9 +202,12 @@ class Walstream:
             self._daemon = None
 
     def stop(self) -> None:
-        """End `run`: finish the transactions that are being delivered, confirm, return."""
-        if self._daemon is not None:
-            self._daemon.stop()
+        """End `run`: finish the transactions that are being delivered, confirm, return.
+
+        It may be called in any thread, by a ``def`` handler too.
+        """
+        if self._daemon is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._daemon.stop)
 
     @property
     def is_ready(self) -> bool:

@@ -99,7 +99,7 @@ class Assembly:
             ),
             parking=parking,
             targets=self.targets,
-            wait_until_visible=self.catalog.wait_until_visible,
+            wait_until_visible=self.catalog.hold_until_visible,
             show_error_messages=self._config.log.error_messages,
         )
 

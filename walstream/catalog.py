@@ -37,6 +37,9 @@ VISIBLE_SECONDS: Final = 5.0
 VISIBLE_PAUSE_SECONDS: Final = 0.002
 """How long, and in which steps, a transaction is waited for that is not visible yet."""
 
+HOLD_PAUSE_SECONDS: Final = 0.1
+"""The steps afterwards, for who waits longer."""
+
 
 class TableColumn(msgspec.Struct, frozen=True):
     """A column as it is now; ``toastable`` says that its values may be stored out of line."""
@@ -196,10 +199,23 @@ class Catalog:
         """
         try:
             async with asyncio.timeout(VISIBLE_SECONDS):
-                while (await self.rows(_RUNNING, {"xid": xid}))[0][0]:  # noqa: ASYNC110 - a row
+                while await self._is_running(xid):  # noqa: ASYNC110 - a row
                     await asyncio.sleep(VISIBLE_PAUSE_SECONDS)
         except TimeoutError:
             log.warning("transaction_not_visible", xid=xid, waited_seconds=VISIBLE_SECONDS)
+
+    async def hold_until_visible(self, xid: int) -> None:
+        """Wait until a new snapshot sees a transaction, however long that takes.
+
+        Under synchronous replication it takes until the standbys have it.
+        """
+        await self.wait_until_visible(xid)
+        while await self._is_running(xid):  # noqa: ASYNC110 - a row
+            await asyncio.sleep(HOLD_PAUSE_SECONDS)
+
+    async def _is_running(self, xid: int) -> bool:
+        ((is_running,),) = await self.rows(_RUNNING, {"xid": xid})
+        return bool(is_running)
 
     async def partitioned(self) -> set[Relation]:
         """List the partitioned tables."""
@@ -360,10 +376,17 @@ _TABLES: Final = sql.SQL(
 
 _RUNNING: Final = sql.SQL(
     """
-    SELECT EXISTS (SELECT FROM pg_snapshot_xip(pg_current_snapshot()) AS running (xid)
+    SELECT EXISTS (SELECT FROM pg_snapshot_xip(taken) AS running (xid)
                     WHERE running.xid::text::numeric %% 4294967296 = %(xid)s)
+           OR (%(xid)s + 4294967296 - pg_snapshot_xmax(taken)::text::numeric %% 4294967296)
+              %% 4294967296 < 2147483648
+      FROM pg_current_snapshot() AS taken
     """
 )
+"""A snapshot does not see what it lists as running, nor what is not older than its xmax.
+
+The server's xids are of 64 bits there, wal2json's are of 32: they compare as on a circle.
+"""
 
 _PARTITIONED: Final = sql.SQL(
     """
