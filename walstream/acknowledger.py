@@ -40,7 +40,6 @@ class Acknowledger:
         """Start at the position that the server has already recorded for the slot."""
         self._flush_lsn = confirmed_flush_lsn
         self._tickets: deque[Ticket] = deque()
-        self._progress = 0
         self._beyond = 0
 
     @property
@@ -52,11 +51,6 @@ class Acknowledger:
     def in_flight(self) -> int:
         """How many transactions are open, or have changes that are not taken."""
         return len(self._tickets)
-
-    @property
-    def progress(self) -> int:
-        """A number that grows whenever something is taken; standing still means stuck."""
-        return self._progress
 
     @property
     def beyond(self) -> int:
@@ -87,7 +81,6 @@ class Acknowledger:
             message = f"{count} changes taken, {ticket.untaken} were in flight"
             raise ValueError(message)
         ticket.untaken -= count
-        self._progress += 1
         if ticket.closed and ticket.untaken == 0:
             self._advance()
 
@@ -95,18 +88,22 @@ class Acknowledger:
         """The transaction's COMMIT arrived: nothing more will be handed out for it."""
         ticket.closed = True
         self._beyond += ticket.handed
-        self._progress += 1
+        tickets = self._tickets
+        if not ticket.handed and len(tickets) > 1 and tickets[-1] is ticket and tickets[-2].closed:
+            # Nothing was handed out for it: it is confirmed with the one before, however many such
+            # come while that one is not taken.
+            tickets.pop()
+            tickets[-1].end_lsn = max(tickets[-1].end_lsn, ticket.end_lsn)
         self._advance()
 
     def keepalive(self, wal_end: Lsn) -> None:
         """Everything that commits before ``wal_end`` has been received."""
         newest = self._tickets[-1] if self._tickets else None
-        if newest is not None and not newest.closed:
-            return  # inside a transaction the server's position says nothing about its commit
-        if newest is not None and newest.untaken == 0:
+        if newest is None:
+            self._flush_lsn = max(self._flush_lsn, wal_end)
+        elif newest.closed:
             newest.end_lsn = max(newest.end_lsn, wal_end)
-        else:
-            self.close(self.open(wal_end))
+        # Inside a transaction the server's position says nothing about its commit.
 
     def _advance(self) -> None:
         tickets = self._tickets

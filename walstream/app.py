@@ -14,6 +14,7 @@ from walstream import logs
 from walstream.config import CallSpec, Config, MessageSpec, RouteSpec
 from walstream.daemon import Daemon, Summary
 from walstream.destinations import Handler, HandlerFunction
+from walstream.errors import UsageError
 from walstream.typed import RowModel
 
 Function = TypeVar("Function", bound=HandlerFunction)
@@ -194,6 +195,8 @@ class Walstream:
             config = configuration.load(None if config is None else Path(config))
         if not structlog.is_configured():  # by default structlog prints to the standard output
             logs.configure(config.log.level, config.log.format)
+        if self._daemon is not None:
+            raise UsageError("this application is running already", hint="make another Walstream")
         self._loop = asyncio.get_running_loop()
         self._daemon = Daemon(config, self.handlers, until=until)
         try:

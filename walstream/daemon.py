@@ -189,7 +189,7 @@ class Daemon:
                 for route, counts in self.router.counted()
             ),
             destinations=tuple(
-                DestinationSummary(name, *msgspec.structs.astuple(counts))
+                DestinationSummary(name=name, **msgspec.structs.asdict(counts))
                 for name, counts in self._delivery.counts.items()
             ),
         )
@@ -304,8 +304,6 @@ class Daemon:
                 status_interval_seconds=_status_interval(server.wal_sender_timeout_seconds),
                 until=self._until,
             )
-            if self._stopped.is_set():
-                self._session.stop()
             try:
                 await self._session.run()
             finally:

@@ -8,7 +8,7 @@ told to the acknowledger, which alone decides what may be confirmed.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
 import msgspec
 import structlog
@@ -159,14 +159,20 @@ class Delivery:
         """Whether so much is in flight that nothing more should be handed over."""
         return self._flow.is_full
 
-    async def wait_for_change(self) -> None:
-        """Wait until less is in flight than now, or nothing more is begun."""
-        await self._flow.wait_for_change()
+    def wait_for_change(self) -> Coroutine[Any, Any, object]:
+        """Wait until less is in flight than at this call, or nothing more is begun."""
+        self._wake()  # a batch that lingers waits for what will not come
+        return self._flow.wait_for_change()
 
     def begin_no_more(self) -> None:
         """Begin no transaction any more; those that are begun are finished."""
         self._flow.begin_no_more(Halt.FINISH_BEGUN)
         self._wake()
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether any destination would still begin something."""
+        return any(outlet.wants_more for outlet in self._outlets.values())
 
     def finish(self, *, calls_only: bool = False) -> None:
         """Nothing more will be handed over: let `run` return when all is done.

@@ -7,8 +7,9 @@ and how far the others get ahead of it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from enum import IntEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from walstream.acknowledger import Acknowledger, Ticket
 from walstream.destinations import Item
@@ -57,10 +58,14 @@ class Flow:
 
     def take(self, ticket: Ticket, count: int, size_bytes: int) -> None:
         """So many changes of a transaction are taken."""
-        if ticket.acknowledger not in (None, self._acknowledger):
-            return  # of an earlier session: it comes again
+        if not self.is_current(ticket):
+            return
         self._acknowledger.take(ticket, count)
         self._remove(count, size_bytes)
+
+    def is_current(self, ticket: Ticket) -> bool:
+        """Whether a transaction is of this session; one of an earlier session comes again."""
+        return ticket.acknowledger in (None, self._acknowledger)
 
     @property
     def is_full(self) -> bool:
@@ -77,10 +82,13 @@ class Flow:
         """How many bytes of records may be in flight."""
         return self._max_bytes
 
-    async def wait_for_change(self) -> None:
-        """Wait until less is in flight than now, or until all is halted."""
+    def wait_for_change(self) -> Coroutine[Any, Any, object]:
+        """Wait until less is in flight than at this call, or until all is halted.
+
+        What happens between the call and the await is noticed too.
+        """
         self._room.clear()
-        await self._room.wait()
+        return self._room.wait()
 
     def may_begin(self, ticket: Ticket) -> bool:
         """Whether a change of this transaction may be given to its destination."""

@@ -45,7 +45,10 @@ def keys_of(change: Change[Any], columns: Sequence[str] | None = None) -> tuple[
     if change.operation is not Operation.UPDATE or new == WHOLE_TABLE:
         return ((table, new),)
     old = _values(change.identity, names)
-    # Without the old values the new ones count: Postgres sends the old primary key when it changes.
+    if old == WHOLE_TABLE and columns is None and change.identity:
+        # The identity is that of another index: the update may have changed the primary key.
+        return ((table, WHOLE_TABLE),)
+    # Without the old values the new ones count.
     return ((table, new),) if old in (new, WHOLE_TABLE) else ((table, old), (table, new))
 
 

@@ -38,8 +38,9 @@ from walstream.errors import (
     WalstreamError,
 )
 from walstream.flow import Flow, Halt, Handed
-from walstream.keys import Key, keys_of
+from walstream.keys import Key, conflict, keys_of
 from walstream.lanes import Entry, Lanes
+from walstream.lsn import Lsn
 from walstream.parking import Parking, Part
 from walstream.policy import FailurePolicy, OnFailure
 
@@ -69,6 +70,10 @@ _SAME_AGAIN: Final = (RowInvalid, TransactionTooLarge)
 _COMES_AGAIN: Final = (
     "the slot was not moved past its transaction, and the change comes again with the same id"
 )
+
+
+class _Behind(Exception):
+    """What is about to be put aside has to wait for a change of its row that is not called yet."""
 
 
 class _CutShort(Exception):
@@ -155,14 +160,18 @@ class Outlet(ABC):
         self._in_flight = 0
         self._in_flight_bytes = 0
         self._has_let_go = False
-        self._has_dropped = False
-        self._left_behind = asyncio.Event()  # set when no earlier session's work goes on
-        self._left_behind.set()
+        self._dropped_from: Lsn | None = None
+        self._running: set[asyncio.Task[None]] = set()
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether it has not let go of everything."""
+        return not self._has_let_go
 
     @property
     def is_busy(self) -> bool:
         """Whether a call goes on that does not end when it is told to."""
-        return self.caller.is_busy or not self._left_behind.is_set()
+        return self.caller.is_busy or bool(self._running)
 
     @property
     def name(self) -> str:
@@ -197,7 +206,7 @@ class Outlet(ABC):
         self._news = asyncio.Event()
         self._in_flight = self._in_flight_bytes = 0
         self._has_let_go = False
-        self._has_dropped = False
+        self._dropped_from = None
         self._clear_slots()
 
     def add(self, handed: Sequence[Handed]) -> None:
@@ -219,8 +228,9 @@ class Outlet(ABC):
             DeliveryError: a change was not taken, and its policy is to stop.
         """
         await self.caller.settle()
-        await self._left_behind.wait()
-        self._left_behind.clear()
+        if self._running:  # a call of an earlier session that does not end when it is told to
+            await asyncio.wait(self._running)
+        self._is_running()
         for slot in self._slots:
             slot.end()
         try:
@@ -228,15 +238,21 @@ class Outlet(ABC):
         except _CutShort:
             self._let_go()
         finally:
-            self._left_behind.set()
             self._clear_slots()
+
+    def _is_running(self) -> None:
+        """Note that the current task works for this outlet until it ends."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in a task
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     @abstractmethod
     async def _work(self) -> None: ...
 
     def _clear_slots(self) -> None:
         """What was cancelled is not held any more; what goes on still is."""
-        if not self.is_busy:
+        if not self.caller.is_busy and self._running <= {asyncio.current_task()}:
             for slot in self._slots:
                 slot.clear()
 
@@ -249,6 +265,8 @@ class Outlet(ABC):
         self._flow.add(len(handed), size_bytes)
 
     def _took(self, ticket: Ticket, count: int, size_bytes: int) -> None:
+        if not self._flow.is_current(ticket):
+            return
         self._in_flight -= count
         self._in_flight_bytes -= size_bytes
         self._flow.take(ticket, count, size_bytes)
@@ -311,12 +329,13 @@ class Outlet(ABC):
     def _may_begin(self, ticket: Ticket) -> bool:
         """Whether a change of this transaction may be given to the destination.
 
-        After one that may not, none may: another destination, or another lane, may have begun a
-        later transaction, and commit order would be lost.
+        Of what comes after one that may not, nothing may: another destination, or another lane, may
+        have begun a later transaction, and commit order would be lost.
         """
-        if not self._has_dropped and self._flow.may_begin(ticket):
+        dropped = self._dropped_from
+        if (dropped is None or ticket.end_lsn < dropped) and self._flow.may_begin(ticket):
             return True
-        self._has_dropped = True
+        self._dropped_from = ticket.end_lsn if dropped is None else min(dropped, ticket.end_lsn)
         return False
 
     async def _settle_cancellation(self) -> None:
@@ -353,26 +372,38 @@ class Outlet(ABC):
 
     # What may be called
 
-    async def _admit(self, entry: Handed) -> Item | None:
+    async def _admit(self, entry: Handed, before: Sequence[Handed] = ()) -> Item | None:
         """Return what the handler shall get; None when it gets nothing and the change is taken.
+
+        Args:
+            entry: the change.
+            before: changes that the handler gets with it, or rather before it.
 
         Raises:
             DeliveryError: the change stops the stream.
+            _Behind: it is to be put aside, and one before is about the same row.
         """
-        if await self._is_parked([entry]):
+        if await self._is_parked([entry], before):
             return None
         await self._wait_until_visible(entry[1])
         item = self._modelled(entry[1])
         if isinstance(item, Exception):
+            self._verify_first(entry, before)
             await self._put_aside([entry], item, 1)
             return None
         return item
 
+    def _verify_first(self, entry: Handed, before: Sequence[Handed]) -> None:
+        key = self._options.key
+        keys = _keys(entry[1], key)
+        if any(conflict(keys, _keys(item, key)) for _, item, _, _ in before):
+            raise _Behind
+
     async def _admit_all(self, unit: list[Handed]) -> tuple[list[Handed], list[Item], list[Handed]]:
         """Return what is called for at once, what it is called with, and the rest.
 
-        The rest begins with a change that is likely to stop the stream: what is before it is
-        delivered first.
+        The rest begins with a change that is likely to stop the stream, or is to be put aside and
+        is about the same row as one before: what is before it is delivered first.
         """
         if not self._has_conditions:
             return unit, [entry[1] for entry in unit], []
@@ -380,8 +411,8 @@ class Outlet(ABC):
         items: list[Item] = []
         for place, entry in enumerate(unit):
             try:
-                item = await self._admit(entry)
-            except DeliveryError:
+                item = await self._admit(entry, admitted)
+            except (DeliveryError, _Behind):
                 if not admitted:
                     raise
                 return admitted, items, unit[place:]
@@ -400,7 +431,7 @@ class Outlet(ABC):
             or options.model is not None
         )
 
-    async def _is_parked(self, unit: Sequence[Handed]) -> bool:
+    async def _is_parked(self, unit: Sequence[Handed], before: Sequence[Handed] = ()) -> bool:
         """Whether changes have to wait in the dead-letter store; then they are there, and taken."""
         parking = self._services.parking
         if parking is None or not parking.is_used:
@@ -408,6 +439,8 @@ class Outlet(ABC):
         parts = self._parts(unit)
         if not any(parking.may_block(route, keys) for route, _, keys in parts):
             return False
+        for entry in unit:
+            self._verify_first(entry, before)
         # What a transactional handler has applied comes again after a crash: parked, a replay would
         # apply it once more. Where the letters are gone, a replay may just have applied it.
         if await self._is_applied(unit):
@@ -682,7 +715,8 @@ class PlainOutlet(Outlet):
         slot.task = asyncio.current_task()
         parking = self._services.parking
         while await self._more():
-            if parking is not None and parking.is_used:
+            # A handler has one route; letters of others are none of its business.
+            if parking is not None and parking.has_letters(self._waiting[0][0].name):
                 for entry in self._next(1):
                     await self._deliver([entry], slot)
             else:
@@ -948,7 +982,6 @@ class LaneOutlet(Outlet):
         super().attach()
         self._lanes = Lanes()
         self._idle.clear()
-        self._busy = 0
         self._is_lingering = self._has_failed = self._is_cut_short = False
 
     def add(self, handed: Sequence[Handed]) -> None:
@@ -977,6 +1010,7 @@ class LaneOutlet(Outlet):
                 count -= 1
 
     async def _work(self) -> None:
+        self._busy = 0
         await run_together(
             [self._work_in_lanes(slot) for slot in self._slots],
             on_failure=self._fail,
@@ -1001,6 +1035,7 @@ class LaneOutlet(Outlet):
         return will_be_no_more and not self._lanes.ready and not self._busy
 
     async def _work_in_lanes(self, slot: Slot) -> None:
+        self._is_running()
         while entries := await self._next_entries():
             self._busy += 1
             try:
@@ -1093,7 +1128,7 @@ async def run_together(
     Raises:
         Exception: what one of them raised.
     """
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    tasks = [asyncio.create_task(_watched(coroutine)) for coroutine in coroutines]
     try:
         _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         if pending:
@@ -1108,6 +1143,19 @@ async def run_together(
     for task in tasks:
         if task.done() and not task.cancelled():
             task.result()
+
+
+async def _watched(coroutine: Coroutine[Any, Any, None]) -> None:
+    try:
+        await coroutine
+    except asyncio.CancelledError:
+        if _is_told_to_end():
+            raise
+        raise HandlerFailed(
+            "a task that delivers was cancelled from outside",
+            hint="a handler, or a library that it uses, cancels the task that has called it when"
+            " the call is over",
+        ) from None
 
 
 _told_to_end: Final[WeakSet[asyncio.Task[None]]] = WeakSet()

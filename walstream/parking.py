@@ -49,6 +49,10 @@ class Parking:
         """Whether any route may have letters."""
         return bool(self._blocked)
 
+    def has_letters(self, route: str) -> bool:
+        """Whether a route may have letters."""
+        return route in self._blocked
+
     def may_block(self, route: str, keys: Iterable[Key]) -> bool:
         """Whether `park` has to be asked about a change of these keys."""
         tables = self._blocked.get(route)

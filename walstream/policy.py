@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
 
 import msgspec
 
@@ -74,7 +73,3 @@ class FailurePolicy(msgspec.Struct, frozen=True):
         if self.deadline_seconds is not None and elapsed_seconds + pause > self.deadline_seconds:
             return None
         return pause
-
-
-STOP_AT_ONCE: Final = FailurePolicy(attempts=1)
-"""No second attempt, no way on."""

@@ -135,6 +135,7 @@ class Session:
         self._reached_until = False
         self._received_lsn = acknowledger.flush_lsn
         self._aborted = False
+        self._is_cut = False
         self._stopping = False
         self._stopped_because: WalstreamError | None = None
         self._deadline: asyncio.Timeout | None = None
@@ -199,6 +200,7 @@ class Session:
                     await self._pump()
                 except Unavailable:
                     # What would be taken now cannot be confirmed any more.
+                    self._is_cut = True
                     await self._finish_calls(delivering)
                     raise
                 except WalstreamError:
@@ -206,6 +208,8 @@ class Session:
                     raise
                 await self._finish(delivering)
         except TimeoutError:
+            if self._deadline is None or not self._deadline.expired():
+                raise
             delivering.cancel()
             log.warning(
                 "drain_incomplete",
@@ -245,7 +249,8 @@ class Session:
         if self._until is not None and self._received_lsn >= self._until:
             return True
         # In the middle of a transaction whose delivery has begun, the rest is waited for.
-        return self._stopping and not (self._ticket is not None and self._ticket.begun)
+        is_inside = self._ticket is not None and self._ticket.begun
+        return self._stopping and not (is_inside and self._delivery.wants_more)
 
     async def _receive(self, batch: list[bytes], handed: list[Handed]) -> bool:
         """Decode and route the messages of a batch; return whether the server wants a reply."""
@@ -379,13 +384,13 @@ class Session:
             log.debug("probe_failed", error=error.message)  # the stream itself shows how it is
 
     def _send_status(self) -> None:
-        if self._aborted:
+        if self._aborted or self._is_cut:
             return
         self._connection.send(status_update(self._acknowledger.flush_lsn, now=time.time()))
 
     async def _confirm(self) -> bool:
         """Report the last position and let the server read it, if the connection still can."""
-        if self._aborted:
+        if self._aborted or self._is_cut:
             return False
         try:
             async with asyncio.timeout(FINISH_SECONDS):

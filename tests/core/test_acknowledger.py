@@ -58,9 +58,21 @@ def test_a_keepalive_behind_a_transaction_in_flight_counts_once_that_is_taken() 
     acknowledger.close(ticket)
     acknowledger.keepalive(Lsn(500))
     acknowledger.keepalive(Lsn(600))
-    assert (acknowledger.flush_lsn, acknowledger.in_flight) == (100, 2)
+    assert (acknowledger.flush_lsn, acknowledger.in_flight) == (100, 1)
     acknowledger.take(ticket)
     assert (acknowledger.flush_lsn, acknowledger.in_flight) == (600, 0)
+
+
+def test_transactions_of_which_nothing_is_wanted_take_no_room_behind_one_that_waits() -> None:
+    acknowledger = Acknowledger(Lsn(100))
+    ticket = acknowledger.open(Lsn(200))
+    acknowledger.hand(ticket)
+    acknowledger.close(ticket)
+    for end in range(300, 1300):
+        acknowledger.close(acknowledger.open(Lsn(end)))
+    assert (acknowledger.flush_lsn, acknowledger.in_flight, acknowledger.beyond) == (100, 1, 1)
+    acknowledger.take(ticket)
+    assert acknowledger.flush_lsn == 1299
 
 
 def test_the_watermark_never_goes_backwards() -> None:
@@ -78,16 +90,6 @@ def test_taking_more_than_was_handed_out_is_refused() -> None:
     acknowledger.hand(ticket)
     with pytest.raises(ValueError, match="2 changes taken, 1 were in flight"):
         acknowledger.take(ticket, 2)
-
-
-def test_progress_grows_with_what_is_taken() -> None:
-    """Standing still while something is in flight means stuck."""
-    acknowledger = Acknowledger(Lsn(0))
-    ticket = acknowledger.open(Lsn(10))
-    acknowledger.hand(ticket)
-    before = acknowledger.progress
-    acknowledger.take(ticket)
-    assert acknowledger.progress > before
 
 
 class Transactions(RuleBasedStateMachine):

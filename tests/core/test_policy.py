@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from walstream.backoff import Backoff
-from walstream.policy import STOP_AT_ONCE, FailurePolicy, OnFailure, Retry
+from walstream.policy import FailurePolicy, OnFailure, Retry
 
 
 def policy(attempts: int = 3, deadline_seconds: float | None = None) -> FailurePolicy:
@@ -60,5 +60,3 @@ def test_a_delay_is_no_negative_time(delay: float) -> None:
 
 def test_by_default_the_stream_stops() -> None:
     assert FailurePolicy().on_failure is OnFailure.STOP
-    assert STOP_AT_ONCE.on_failure is OnFailure.STOP
-    assert STOP_AT_ONCE.pause_seconds(1, Retry(delay_seconds=0), 0) is None
