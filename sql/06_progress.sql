@@ -24,7 +24,7 @@ SELECT pg_advisory_xact_lock(hashtextextended('walstream.progress', 0)) \g /dev/
 
 CREATE SCHEMA IF NOT EXISTS walstream;
 
--- A row says: of this slot of this cluster, the route has applied everything up to and with this
+-- A row says: of this slot of this cluster on this timeline, the route has applied everything up to and with this
 -- change. Deleting the row makes it apply whatever comes.
 CREATE TABLE IF NOT EXISTS walstream.progress (
     slot text,
@@ -33,8 +33,12 @@ CREATE TABLE IF NOT EXISTS walstream.progress (
     end_lsn pg_lsn NOT NULL DEFAULT '0/0',
     ordinal bigint NOT NULL DEFAULT 0,
     recorded_at timestamptz NOT NULL DEFAULT now(),
+    timeline int,
     PRIMARY KEY (slot, route)
 );
+
+-- Tables that were made before this column came. Unknown is filled in when walstream starts.
+ALTER TABLE walstream.progress ADD COLUMN IF NOT EXISTS timeline int;
 
 -- A row says: this dead letter was replayed. They go when the route has no letters any more.
 CREATE TABLE IF NOT EXISTS walstream.replayed (
@@ -52,6 +56,6 @@ GRANT SELECT, INSERT, DELETE ON walstream.replayed TO :"role";
 
 COMMIT;
 
-SELECT slot, route, system_identifier, end_lsn, ordinal, now() - recorded_at AS recorded_ago
+SELECT slot, route, system_identifier, timeline, end_lsn, ordinal, now() - recorded_at AS recorded_ago
 FROM walstream.progress
 ORDER BY slot, route;

@@ -17,6 +17,7 @@ from psycopg.conninfo import make_conninfo
 
 from tests.conftest import StartCluster
 from tests.postgres import Database, async_wait_until, wait_until
+from walstream import Walstream
 from walstream import config as configuration
 from walstream.check import Finding, Report, Status, check
 from walstream.config import Config, RouteSpec
@@ -650,3 +651,18 @@ def test_a_report_is_as_grave_as_its_gravest_finding() -> None:
     grave = [Finding("", "", status, "", "") for status in Status]
     assert Report(tuple(grave)).status is Status.PROBLEM
     assert Report(()).status is Status.OK
+
+
+async def test_what_a_handler_needs_of_its_table_is_looked_at(database: Database) -> None:
+    """As at the start of a run: the columns of its key, and of its model."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    stream = Walstream()
+    stream.on("public.t", concurrency=2, key="nope", name="lanes")(print)
+    specs = [
+        (handler.name, spec) for spec, handler in stream.handlers if isinstance(spec, RouteSpec)
+    ]
+    handlers = {handler.name: handler for _, handler in stream.handlers}
+    report = await check(settings(database.dsn), specs, handlers)
+    [found] = [one for one in report.findings if one.group == "routes"]
+    assert found.status is Status.PROBLEM
+    assert "'nope'" in found.found

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -22,6 +23,7 @@ from typing import Any, Final, Protocol
 import msgspec
 import psycopg
 import pytest
+import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,8 +47,10 @@ from walstream.dead_letters import (
 from walstream.dead_letters import postgres as postgres_store
 from walstream.dead_letters import sqlite as sqlite_store
 from walstream.dead_letters.bounds import HeldUp
+from walstream.dead_letters.letters import TEXT_BYTES
 from walstream.errors import (
     AccessRefused,
+    ConfigError,
     DatabaseUnfit,
     DeadLettersFull,
     DeadLetterStoreFailed,
@@ -54,6 +58,7 @@ from walstream.errors import (
 )
 from walstream.keys import NO_KEY, WHOLE_TABLE, conflict
 from walstream.lsn import Lsn
+from walstream.parking import Parking, Part
 from walstream.projection import Mask, Projection
 from walstream.values import Types
 
@@ -213,7 +218,7 @@ async def test_stores_of_other_slots_see_nothing(make: MakeStore) -> None:
     assert stored.letter == letter(1)
     assert await there.drop([stored.id]) == 0
     assert not await there.failed_again(stored.id, attempts=1, error="", traceback="", at=TIME)
-    assert await there.settle([stored]) == [True]
+    assert await there.settle([stored]) == [False]
     assert await here.count(ALL) == 1
     assert await there.park([letter(2)]) == [True]
     assert await here.size() == (1, letter(1).size_bytes)
@@ -273,6 +278,61 @@ async def test_a_whole_table_waits_for_all_and_all_wait_for_it(
     assert await store.park([letter(3, key=5)]) == [True]
     others = (("public.others", WHOLE_TABLE),)
     assert await store.park([letter(4, keys=others)]) == [False]
+
+
+async def test_what_belongs_together_is_parked_together(store: DeadLetterStore) -> None:
+    """Also what nothing holds up: a replay must not see a part of a transaction."""
+    whole = [
+        letter(2, key=7),
+        letter(2, key=1, change_id="0/2:2"),
+        letter(2, key=8, change_id="0/2:3"),
+    ]
+    assert await store.park(whole, together=True) == [False, False, False]
+    assert await store.count(ALL) == 0
+    await store.add([letter(1)])
+    assert await store.park(whole, together=True) == [True, True, True]
+    found = await store.select(LetterQuery(parked=True))
+    assert [one.letter.change_id for one in found] == ["0/2:1", "0/2:2", "0/2:3"]
+    assert {one.letter.attempts for one in found} == {0}
+    assert await store.park(whole, together=True) == [True, True, True]
+    assert [one.deliveries for one in await store.select(LetterQuery(parked=True))] == [2, 2, 2]
+
+
+async def test_together_some_that_are_here_take_the_others_along(store: DeadLetterStore) -> None:
+    await store.add([letter(2, key=7)])
+    assert await store.park(
+        [letter(2, key=8, change_id="0/2:2"), letter(2, key=7)], together=True
+    ) == [True, True]
+    assert await ids(store) == ["0/2:1", "0/2:2"]
+
+
+async def test_what_is_together_and_has_no_room_is_not_parked(make: MakeStore) -> None:
+    store = await make(max_letters=2)
+    await store.add([letter(1)])
+    with pytest.raises(DeadLettersFull):
+        await store.park([letter(2), letter(2, key=8, change_id="0/2:2")], together=True)
+    assert await ids(store) == [id_of(1)]
+
+
+async def test_a_transaction_is_parked_in_one_step(store: DeadLetterStore) -> None:
+    """A replay that comes between two steps would deliver a part of it."""
+    parking = Parking(store)
+    await store.add([letter(1)])
+    parts: list[Part] = [
+        ("book", change(2), ((TABLE, b"[1]"),)),
+        ("book", Message("jobs", "", Lsn(1), change(2).transaction, 2), (("jobs", NO_KEY),)),
+    ]
+    steps: list[int] = []
+
+    class Counting:
+        async def park(self, *letters: Any, **options: Any) -> list[bool]:
+            is_here = await store.park(*letters, **options)
+            steps.append(await store.count(ALL))
+            return is_here
+
+    parking._store = Counting()  # type: ignore[assignment]
+    assert await parking.park(parts)
+    assert steps == [3]
 
 
 async def test_an_earlier_change_that_comes_again_has_its_place(store: DeadLetterStore) -> None:
@@ -347,7 +407,7 @@ async def test_a_settled_letter_is_gone_unless_it_came_again(store: DeadLetterSt
     assert await store.settle([stored, other]) == [False, True]
     [stored] = await store.select(ALL)
     assert await store.settle([stored]) == [True]
-    assert await store.settle([stored]) == [True], "it is gone, whoever removed it"
+    assert await store.settle([stored]) == [False], "another one has removed it"
     assert await store.settle([]) == []
     assert await store.count(ALL) == 0
 
@@ -379,6 +439,38 @@ async def test_bytes_are_bounded_too(make: MakeStore) -> None:
     second = await make(max_bytes=2500)
     with pytest.raises(DeadLettersFull):
         await second.park([letter(3, payload=b"x" * 1000)])
+
+
+async def test_the_size_follows_what_is_written_later(store: DeadLetterStore) -> None:
+    async def measured() -> tuple[int, int]:
+        found = await store.select(ALL)
+        sizes = [one.letter.size_bytes for one in found]
+        assert [one.size_bytes for one in found] == sizes
+        return len(sizes), sum(sizes)
+
+    await store.add([letter(1, error="\N{SNOWMAN}\0")])
+    await store.park([letter(2)])
+    assert await store.size() == await measured()
+    await store.add([letter(2, traceback="\N{SNOWMAN}" * 100)])
+    assert await store.size() == await measured()
+    for stored in await store.select(ALL):
+        text = "\N{SNOWMAN}\0x" * stored.id
+        await store.failed_again(stored.id, attempts=6, error=text, traceback=text * 9, at=TIME)
+    assert await store.size() == await measured()
+
+
+async def test_long_errors_and_tracebacks_are_cut(store: DeadLetterStore) -> None:
+    long = "first" + "\N{SNOWMAN}" * 100_000 + "last"
+    await store.add([letter(1, error=long, traceback=long), letter(2, key=2)])
+    [_, second] = await store.select(ALL)
+    await store.failed_again(second.id, attempts=6, error=long, traceback=long, at=TIME)
+    for stored in await store.select(ALL):
+        for text in (stored.letter.error, stored.letter.traceback):
+            assert len(text.encode()) <= TEXT_BYTES
+            assert text.startswith("first\N{SNOWMAN}")
+            assert text.endswith("\N{SNOWMAN}last")
+            assert "\n[...]\n" in text
+    assert await store.size() == (2, sum(one.letter.size_bytes for one in await store.select(ALL)))
 
 
 async def test_room_that_another_process_has_made_is_used(make: MakeStore) -> None:
@@ -472,6 +564,14 @@ class Model:
             here.append(self._place(letter) is not None)
         return here
 
+    def park_together(self, letters: Sequence[DeadLetter]) -> list[bool]:
+        meant = Model()
+        meant.letters = list(self.letters)
+        if not any(meant.park(letters)):
+            return [False] * len(letters)
+        self.add([msgspec.structs.replace(one, parked=True, attempts=0) for one in letters])
+        return [True] * len(letters)
+
     def drop(self, identity: tuple[str, str]) -> None:
         self.letters = [one for one in self.letters if (one.route, one.change_id) != identity]
 
@@ -501,7 +601,7 @@ LETTERS: Final = st.builds(
     st.sampled_from([False, False, True]),
 )
 STEPS: Final = st.lists(
-    st.tuples(st.sampled_from(["add", "park", "park"]), st.lists(LETTERS, max_size=6))
+    st.tuples(st.sampled_from(["add", "park", "park together"]), st.lists(LETTERS, max_size=6))
     | st.tuples(st.just("drop"), st.integers(0, 20)),
     max_size=12,
 )
@@ -532,6 +632,9 @@ def test_a_store_does_what_the_model_does(
                     await store.add(argument)
                 elif step == "park":
                     assert await store.park(argument) == model.park(argument)
+                elif step == "park together":
+                    parked = await store.park(argument, together=True)
+                    assert parked == model.park_together(argument)
                 elif found:
                     dropped = found[argument % len(found)]
                     await store.drop([dropped.id])
@@ -832,6 +935,47 @@ async def test_other_times_zones_are_the_same_time(file: SqliteStore) -> None:
     assert await ids(file, stored_after=TIME, stored_before=TIME + timedelta(microseconds=1))
 
 
+async def test_a_file_that_others_may_read_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "letters"
+    for mode, is_told in ((0o600, False), (0o640, True), (0o604, True)):
+        path.touch()
+        path.chmod(mode)
+        with structlog.testing.capture_logs() as logs:
+            store = sqlite(path)
+            await store.open()
+            await store.close()
+        events = [(one["event"], one["log_level"], one["mode"]) for one in logs]
+        expected = [("dead_letters_readable", "warning", f"{mode:04o}")] if is_told else []
+        assert events == expected
+
+
+async def test_a_lock_that_cannot_be_opened_is_named(file: SqliteStore) -> None:
+    path = file.path.with_name(f"{file.path.name}-replay-s")
+    path.mkdir()
+    with pytest.raises(DeadLetterStoreFailed, match=re.escape(str(path))):
+        async with file.exclusive():
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+async def test_a_lock_that_root_has_made_is_the_owners(file: SqliteStore) -> None:
+    os.chown(file.path, 12345, 12346)
+    async with file.exclusive():
+        pass
+    made = file.path.with_name(f"{file.path.name}-replay-s").stat()
+    assert (made.st_uid, made.st_gid) == (12345, 12346)
+
+
+async def test_a_lock_is_no_link(file: SqliteStore, tmp_path: Path) -> None:
+    """Root would give away what it leads to."""
+    target = tmp_path / "another"
+    file.path.with_name(f"{file.path.name}-replay-s").symlink_to(target)
+    with pytest.raises(DeadLetterStoreFailed):
+        async with file.exclusive():
+            pass
+    assert not target.exists()
+
+
 # ---- Postgres
 
 
@@ -852,6 +996,33 @@ def end_sessions(database: Database) -> None:
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
+
+
+@pytest.mark.parametrize("schema", ["a?b", "{keys}", "a{schema}b", "}{letters", "\N{SNOWMAN}%s"])
+async def test_a_schema_may_have_any_name(database: Database, schema: str) -> None:
+    store = in_postgres(database.dsn, schema=schema)
+    await store.open()
+    await store.add([letter(1)])
+    assert await ids(store, route="book", table=TABLE, key_values=[b"[1]"]) == [id_of(1)]
+    assert await store.count(LetterQuery(key_values=[b"[1]"])) == 1
+    await store.close()
+
+
+@pytest.mark.parametrize("schema", ["", "a\0b", "x" * 64, "\N{SNOWMAN}" * 22])
+def test_a_schema_that_cannot_be_is_refused(schema: str) -> None:
+    with pytest.raises(ConfigError, match=r"dead_letters\.schema: found"):
+        in_postgres("", schema=schema)
+
+
+async def test_times_are_utc_wherever_the_server_is(database: Database) -> None:
+    database.execute(f"ALTER DATABASE {database.name} SET timezone = 'Australia/Sydney'")
+    store = in_postgres(database.dsn)
+    await store.open()
+    await store.add([letter(1)])
+    [stored] = await store.select(ALL)
+    times = [stored.letter.stored_at, stored.letter.first_failed_at, stored.last_failed_at]
+    assert [str(time) for time in times] == [str(TIME + timedelta(seconds=1)), str(TIME), str(TIME)]
+    await store.close()
 
 
 async def test_a_lost_connection_is_replaced(database: Database, table: PostgresStore) -> None:
@@ -1115,6 +1286,15 @@ def test_a_message_has_no_types() -> None:
     assert typeoids_of(payload_of(Message("p", "c", Lsn(1)))) == frozenset()
 
 
+def test_letters_and_messages_print_no_values() -> None:
+    one = letter(1, key=b'["123-45-6789"]', payload=b'{"ssn":"123-45-6789"}', error="123-45-6789")
+    message = Message("jobs", "123-45-6789", Lsn(1))
+    shown = repr(one) + repr(StoredLetter(1, one)) + repr(message) + repr([message])
+    assert "123-45-6789" not in shown
+    assert "DeadLetter(book 0/1:1)" in shown
+    assert "Message(jobs 0/1)" in shown
+
+
 @pytest.mark.parametrize("payload", [b"", b"{}", b'{"version":1}', b'{"version":1,"kind":"x"}'])
 def test_a_payload_that_is_none_is_told_without_its_text(payload: bytes) -> None:
     with pytest.raises(DeadLetterStoreFailed, match="cannot be read") as caught:
@@ -1257,6 +1437,8 @@ async def test_list_shows_letters_and_no_rows(command: CommandLine, store: DeadL
     assert "public.orders [1]" in lines[1]
     assert "ValueError at handlers.py:12" in lines[1]
     assert "parked" in lines[2]
+    assert lines[0].split()[-2:] == ["time", "(UTC)"]
+    assert lines[1].endswith("2026-01-31 12:00:00")
     assert "jobs no key" in lines[4]
     assert lines[-1] == "4 dead letters"
     assert command.run("list", "--limit", "1").endswith("4 dead letters, 3 not shown\n")
@@ -1287,6 +1469,29 @@ async def test_list_has_filters_and_json(command: CommandLine, store: DeadLetter
     assert third["keys"] == [{"table": "public.orders", "values": ["b c"]}]
     assert fourth["keys"] == [{"table": "jobs", "values": []}]
     assert (first["parked"], second["parked"]) == (False, True)
+
+
+async def test_a_key_is_found_by_its_digits(command: CommandLine, store: DeadLetterStore) -> None:
+    """An item of a JSON array is compared as it was sent, and none goes through a float."""
+    keys = [
+        b"[1.10,2]",
+        b"[12345678901234567890.123]",
+        b"[99999999999999999999,1]",
+        b'["\xc3\xa9",1]',
+    ]
+    await store.add([letter(number, key=key) for number, key in enumerate(keys, 1)])
+    for text, expected in {
+        "[1.10, 2]": ["0/1:1"],
+        "[1.1, 2]": [],
+        "1.10": [],
+        "12345678901234567890.123": ["0/2:1"],
+        "[ 12345678901234567890.123 ]": ["0/2:1"],
+        "[99999999999999999999, 1]": ["0/3:1"],
+        '["\\u00e9", 1]': ["0/4:1"],
+        "[": [],
+        "{}": [],
+    }.items():
+        assert [one["change"] for one in command.json("list", "--key", text)] == expected, text
 
 
 async def test_show_prints_the_change_and_the_traceback(

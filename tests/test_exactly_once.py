@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import psycopg
 import pytest
 
 from tests.conftest import StartCluster
+from walstream import Change, Walstream, config
 from walstream.cluster import PrivateCluster
+from walstream.errors import ProgressUnfit
 
 ROOT: Final = Path(__file__).parent.parent
 
@@ -106,6 +109,73 @@ app = "handlers:stream"
 backoff_seconds = 0.05
 max_backoff_seconds = 0.5
 """
+
+
+async def test_a_source_restored_to_an_earlier_time_is_refused(
+    private_cluster: StartCluster,
+) -> None:
+    """Also when its WAL has grown past what is recorded; a failover that loses nothing goes on."""
+    source = private_cluster()
+    target = private_cluster().conninfo()
+    ask(source.conninfo(), "CREATE TABLE source (key int PRIMARY KEY)")
+    ask(target, "CREATE TABLE applied (key int)")
+    await mirror(source, target)
+    ask(source.conninfo(), "INSERT INTO source VALUES (1)")
+    await mirror(source, target)
+    source.stop()
+    promote(source)
+    ask(source.conninfo(), "INSERT INTO source VALUES (2)")
+    await mirror(source, target)
+    source.stop()
+    backup = copy(source.data)
+    source.start()
+    ask(source.conninfo(), "INSERT INTO source SELECT generate_series(1000, 2000)")
+    await mirror(source, target)
+    source.stop()
+    shutil.rmtree(source.data)
+    backup.rename(source.data)
+    promote(source)
+    ask(source.conninfo(), "INSERT INTO source SELECT generate_series(10000, 13000)")
+    with pytest.raises(ProgressUnfit, match="on timeline 2, which the server left at"):
+        await mirror(source, target)
+    assert ask(target, "SELECT count(*) FROM applied WHERE key < 1000") == [(2,)]
+    assert ask(target, "SELECT count(*) FROM applied") == [(1003,)]
+    ask(target, "DELETE FROM walstream.progress")
+    await mirror(source, target)
+    assert ask(target, "SELECT count(*) FROM applied WHERE key >= 10000") == [(3001,)]
+
+
+async def mirror(source: PrivateCluster, target: str) -> None:
+    """Apply everything that the source has by now."""
+    stream = Walstream()
+
+    @stream.on("public.source", "insert", transactional=target, name="mirror")
+    async def apply(change: Change, connection: psycopg.AsyncConnection) -> None:
+        await connection.execute("INSERT INTO applied VALUES (%s)", [change.key["key"]])
+
+    slot = {"name": SLOT, "create": True}
+    configuration = config.parse({"postgres": {"dsn": source.conninfo()}, "slot": slot})
+    await stream.run(configuration, until="now")
+
+
+def copy(data: Path) -> Path:
+    """Copy a data folder, with the owner of each file."""
+    backup = data.with_name("backup")
+    subprocess.run(["cp", "-a", data, backup], check=True)  # noqa: S607 - of every system
+    return backup
+
+
+def promote(cluster: PrivateCluster) -> None:
+    """Start what was stopped as a standby, and make it a primary: it goes on with a timeline."""
+    (cluster.data / "standby.signal").touch()
+    cluster.start()
+    ask(cluster.conninfo(), "SELECT pg_promote()")
+
+
+def ask(dsn: str, statements: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        cursor = connection.execute(statements.encode())
+        return cursor.fetchall() if cursor.description else []
 
 
 @pytest.mark.timeout(180)
@@ -294,9 +364,7 @@ class Stage:
         return self._ask(database, f"SELECT key, value FROM {table} ORDER BY key")
 
     def _ask(self, database: str, statements: str) -> list[tuple[Any, ...]]:
-        with psycopg.connect(self._cluster.conninfo(database), autocommit=True) as connection:
-            cursor = connection.execute(statements.encode())
-            return cursor.fetchall() if cursor.description else []
+        return ask(self._cluster.conninfo(database), statements)
 
 
 def journalled(connection: psycopg.Connection) -> int:

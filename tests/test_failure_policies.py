@@ -28,6 +28,7 @@ from walstream.errors import (
     OutputClosed,
     SetupError,
     TargetUnavailable,
+    TransactionBroken,
 )
 from walstream.keys import WHOLE_TABLE
 from walstream.lsn import Lsn
@@ -174,7 +175,7 @@ async def test_the_deadline_counts_from_the_first_attempt(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("error", [NotRun("x"), SetupError("x"), OutputClosed("x")])
+@pytest.mark.parametrize("error", [NotRun("x")])
 async def test_what_no_attempt_would_mend_stops_the_stream_whatever_the_policy(
     kind: str, error: Exception
 ) -> None:
@@ -188,11 +189,25 @@ async def test_what_no_attempt_would_mend_stops_the_stream_whatever_the_policy(
     assert (line.counts.skipped, line.counts.retries) == (0, 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "error",
+    [SetupError("x"), OutputClosed("x"), TransactionBroken("x"), SystemExit(0), BaseException("x")],
+)
+async def test_whatever_a_handler_raises_is_its_failure(kind: str, error: BaseException) -> None:
+    """Errors of ours too, for it may use walstream itself, and what would end the program."""
+    recorder = Recorder(a=[error] * 99)
+    line = Line(destination(recorder, kind), policy=SKIP)
+    line.commit("a")
+    await line.deliver()
+    assert (line.counts.skipped, line.taken) == (1, 100)
+
+
 async def test_poison_that_no_attempt_would_mend_stops_the_stream_when_it_is_alone_too() -> None:
-    recorder = Recorder(p=[ValueError(), ValueError(), SetupError("x")])
+    recorder = Recorder(p=[ValueError(), ValueError(), NotRun("x")])
     line = Line(handler(recorder.in_loop, batch=5), policy=SKIP)
     line.commit("a", "p b")
-    with pytest.raises(SetupError):
+    with pytest.raises(HandlerFailed):
         await line.deliver()
     assert (line.counts.skipped, line.taken) == (0, 100)
 

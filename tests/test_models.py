@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib.util
 import json
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any, Final
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -28,7 +29,7 @@ from walstream.catalog import Catalog
 from walstream.errors import RowInvalid, UsageError
 from walstream.models import Request, differences, read_tables, write
 from walstream.models.naming import class_names, field_names, member_names
-from walstream.models.source import literal
+from walstream.models.source import _docstring, literal, printable
 from walstream.router import TablePattern
 from walstream.typed import UNCHANGED, RowModel
 
@@ -172,6 +173,9 @@ ODD: Final = """
     COMMENT ON COLUMN orders.date IS '"quoted" at the start';
     COMMENT ON COLUMN orders.id IS E'Bidi \u202e # noqa type: ignore';
     COMMENT ON COLUMN orders.price IS ' ';
+    COMMENT ON COLUMN orders.c IS 'ends in \"\"\"';
+    COMMENT ON COLUMN orders.j IS '\"\"\" in the middle of a comment that is long enough to be'
+        ' wrapped over more than one line and ends in a back\\slash and a quote \\\"';
 """
 """Names and comments that Python has trouble with."""
 
@@ -464,6 +468,17 @@ def test_drift_is_told_in_words(database: Database, statement: str, said: list[s
     assert list(map(str, differences(before, generate(database, "public.*")))) == said
 
 
+@pytest.mark.parametrize("other", ["a  b", "a\tb", "a\\tb", "a b "])
+def test_tables_are_told_apart_by_each_character(database: Database, other: str) -> None:
+    database.execute(f'CREATE TABLE "a b" (id int); CREATE TABLE "{other}" (id int)')
+    before = generate(database, "public.*")
+    database.execute(f'ALTER TABLE "a b" ADD ssn text; ALTER TABLE "{other}" DROP id')
+    said = {str(one) for one in differences(before, generate(database, "public.*"))}
+    assert len(said) == 2
+    assert "public.a b: column 'ssn' (text) added" in said
+    assert any(one.endswith(": column 'id' (integer) dropped") for one in said)
+
+
 def test_an_unused_type_goes_with_its_column(database: Database) -> None:
     database.execute(TABLE)
     before = generate(database, "public.orders")
@@ -536,6 +551,7 @@ def test_mistakes_are_told(cli: CommandLine, database: Database) -> None:
         (["check", "mine.py", *options], 64, "does not begin with the line"),
         (["check", "nowhere.py", *options], 64, "nowhere.py cannot be read: No such file"),
         (["generate"], 64, "Missing argument"),
+        (["generate", 'public."a\nb"', *options], 64, "cannot stand in the first line of a file"),
     ]:
         answer = cli.run("models", *arguments)
         assert (answer.returncode, answer.stdout) == (code, "")
@@ -602,6 +618,33 @@ def test_every_name_gets_an_identifier_of_its_own(names: list[str]) -> None:
 @given(st.text())
 def test_a_literal_is_read_as_what_was_written(text: str) -> None:
     assert eval(literal(text)) == text  # noqa: S307 - our own
+
+
+@given(st.text(st.sampled_from("\"\\' \n\tab-") | st.characters(exclude_categories=["Cs"])))
+@example('say """')
+@example('""""')
+@example('\\"')
+def test_a_comment_is_read_as_what_was_written(text: str) -> None:
+    """Lines may break; what cannot be printed is escaped."""
+    assume(printable(text))
+    source = "\n".join(["class Orders:", *_docstring(text)])
+    (read,) = ast.parse(source).body
+    assert isinstance(read, ast.ClassDef)
+    assert without_spaces(ast.get_docstring(read)) == without_spaces(printable(text))
+
+
+def without_spaces(text: str | None) -> str:
+    return "".join((text or "").split())
+
+
+@pytest.mark.parametrize("name", ["mro", "register"])
+def test_a_column_named_as_what_every_class_has_is_required(
+    database: Database, tmp_path: Path, name: str
+) -> None:
+    database.execute(f"CREATE TABLE odd (id int PRIMARY KEY, {name} int NOT NULL)")
+    model = model_of(generate(database, "public.odd"), tmp_path, "Odd")
+    assert [one.is_required() for one in model.model_fields.values()] == [True, True]
+    assert model.model_validate({"id": 1, name: 2}).model_dump() == {"id": 1, f"{name}_": 2}
 
 
 def test_classes_of_one_name_are_told_apart_by_schema_and_kind() -> None:

@@ -20,14 +20,13 @@ from tests.lines import QUICK, SIZE_BYTES, Line, Recorder, called, handler
 from walstream import worker
 from walstream.acknowledger import Acknowledger
 from walstream.backoff import Backoff
-from walstream.calls import Slot
+from walstream.calls import NotRun, Slot
 from walstream.changes import Change
 from walstream.delivery import Limits
 from walstream.destinations import Handler, Item
 from walstream.errors import (
     DecodeError,
     HandlerFailed,
-    SetupError,
     TargetUnavailable,
     TransactionBroken,
 )
@@ -407,11 +406,11 @@ async def test_lanes_that_fail_for_good_do_not_wait_for_a_call_that_hangs() -> N
 
 
 async def test_lanes_that_fail_for_good_do_not_wait_for_pauses_of_others() -> None:
-    recorder = Recorder(a=[ValueError()] * 9, b=[SetupError("no")])
+    recorder = Recorder(a=[ValueError()] * 9, b=[NotRun("no")])
     slow = FailurePolicy(9, None, Backoff(FOREVER, FOREVER))
     line = Line(handler(recorder.in_loop, concurrency=2), policy=slow)
     line.commit("a", "b")
-    with pytest.raises(SetupError):
+    with pytest.raises(HandlerFailed):
         async with asyncio.timeout(5):
             await line.deliver()
 
@@ -800,7 +799,14 @@ class Target:
         self.recorded: set[str] = set()
         self.runs = 0
 
-    async def open(self, *, systemid: str, flush_lsn: Lsn) -> None:
+    async def open(
+        self,
+        *,
+        systemid: str,
+        flush_lsn: Lsn,
+        timeline: int | None = None,
+        history: Sequence[tuple[int, Lsn]] = (),
+    ) -> None:
         """Nothing to make ready."""
 
     def _new(self, items: Sequence[Item]) -> list[Item]:
@@ -1080,7 +1086,7 @@ async def test_a_route_of_its_own_policy_for_each_table_of_a_sink() -> None:
 async def test_others_may_finish_what_they_have_begun_when_one_fails_for_good(ending: str) -> None:
     """For some time; nothing else is begun."""
     gate = Gate("a")
-    failing, other = handler(Recorder(p=[SetupError("no")]).in_loop), handler(gate, "other")
+    failing, other = handler(Recorder(p=[NotRun("no")]).in_loop), handler(gate, "other")
     limits = Limits(drain_seconds=0.01 if ending == "hangs" else 10)
     line = Line(failing, other, limits=limits)
     line.commit("a b", "c", to=other)
@@ -1096,7 +1102,7 @@ async def test_others_may_finish_what_they_have_begun_when_one_fails_for_good(en
             else:
                 await asyncio.wait([running])
 
-    with pytest.raises(SetupError):
+    with pytest.raises(HandlerFailed):
         await open_later()
     assert gate.left == (["a", "b"] if ending == "finishes" else [])
     assert line.taken == (100 if ending == "finishes" else 0)

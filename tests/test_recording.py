@@ -22,13 +22,14 @@ from tests.conftest import StartCluster
 from tests.core.test_offline import READ
 from tests.postgres import Database, wait_until
 from walstream import Change, Message, Walstream
+from walstream.assembly import make_router
 from walstream.binding import Binding
 from walstream.catalog import Catalog
 from walstream.config import parse
 from walstream.daemon import Daemon
 from walstream.decoder import START_OPTIONS, Decoder
 from walstream.errors import FilterError, RelationMissing, SinkFailed, UsageError
-from walstream.explain import explain_recording, make_router
+from walstream.explain import explain_recording
 from walstream.filters import Literal
 from walstream.lsn import Lsn
 from walstream.offline import read_offline

@@ -23,16 +23,16 @@ from pydantic import BaseModel
 
 from tests.postgres import Database, async_wait_until
 from tests.streaming import Stream
-from tests.test_dead_letters import TABLE, letter
-from walstream import Change, Message
+from tests.test_dead_letters import TABLE, change, letter
+from walstream import Change, Message, Walstream
 from walstream.assembly import letters_of
 from walstream.calls import NotRun
 from walstream.config import Config, parse
-from walstream.dead_letters import DeadLetterStore, LetterQuery, StoredLetter
+from walstream.dead_letters import DeadLetterStore, LetterQuery, StoredLetter, payload_of
 from walstream.dead_letters.bounds import HeldUp
 from walstream.errors import DeadLetterStoreFailed, HandlerFailed, ReplayRuns
 from walstream.keys import WHOLE_TABLE, conflict
-from walstream.replay import Replay, RouteReport, plan
+from walstream.replay import Replay, RouteReport, Unit, _chunks, plan
 
 ALL: Final = LetterQuery()
 
@@ -93,6 +93,12 @@ def file_stream(orders: Database, tmp_path: Path) -> Iterator[Stream]:
     yield from make_stream(orders, "sqlite", tmp_path)
 
 
+@pytest.fixture
+def table_stream(orders: Database, tmp_path: Path) -> Iterator[Stream]:
+    """For what depends on a store in Postgres."""
+    yield from make_stream(orders, "postgres", tmp_path)
+
+
 def make_stream(database: Database, kind: str, folder: Path) -> Iterator[Stream]:
     stream = Stream(
         database,
@@ -148,9 +154,9 @@ def life_of(number: int) -> list[Note]:
 # ---- Which letters are delivered
 
 
-def stored(number: int, *keys: bytes, **fields: Any) -> StoredLetter:
+def stored(number: int, *keys: bytes, size_bytes: int = 0, **fields: Any) -> StoredLetter:
     pairs = tuple((TABLE, key) for key in keys)
-    return StoredLetter(number, letter(number, keys=pairs, **fields))
+    return StoredLetter(number, letter(number, keys=pairs, **fields), size_bytes=size_bytes)
 
 
 def planned(
@@ -561,6 +567,105 @@ async def test_a_store_that_fails_ends_the_replay_and_keeps_its_letters(
 
 
 # ---- At the same time
+
+
+def narrow(config: Config, max_in_flight_changes: int) -> Config:
+    limits = config.stream.model_copy(update={"max_in_flight_changes": max_in_flight_changes})
+    return config.model_copy(update={"stream": limits})
+
+
+async def fill(config: Config, count: int) -> None:
+    """Store letters of one row each."""
+    async with opened(config) as store:
+        await store.add(
+            [
+                letter(number, key=number, payload=payload_of(change(number)))
+                for number in range(1, count + 1)
+            ]
+        )
+
+
+@pytest.mark.parametrize("how", ["async", "sync", "async lanes", "batch"])
+async def test_more_letters_than_may_be_in_flight_are_delivered(
+    file_stream: Stream, book: Book, how: str
+) -> None:
+    attach(file_stream, book, how)
+    await fill(file_stream.config, 200)
+    async with asyncio.timeout(30):
+        reports = await replay(file_stream, config=narrow(file_stream.config, 10))
+    assert reports["book"].delivered == len(book.notes) == 200
+
+
+@pytest.mark.parametrize(
+    ("watch_seconds", "fetched_letters"), [(0.01, 100), (60, 1)], ids=["watch", "chunk"]
+)
+async def test_a_replay_that_lost_its_lock_stops_when_another_one_may_run(
+    orders: Database,
+    table_stream: Stream,
+    monkeypatch: pytest.MonkeyPatch,
+    watch_seconds: float,
+    fetched_letters: int,
+) -> None:
+    monkeypatch.setattr("walstream.replay.WATCH_SECONDS", watch_seconds)
+    monkeypatch.setattr("walstream.replay.FETCHED_LETTERS", fetched_letters)
+    config = narrow(table_stream.config, 1)
+    await fill(config, 10)
+    first, second = Walstream(), Walstream()
+    by_first, by_second = [], []
+
+    @second.on("public.orders", name="book")
+    async def take_too(change: Change) -> None:
+        by_second.append(change.id)
+
+    @first.on("public.orders", name="book")
+    async def take(change: Change) -> None:
+        by_first.append(change.id)
+        if len(by_first) == 1:
+            orders.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND state = 'idle in transaction'"
+            )
+            [report] = await Replay(config, second.handlers).run(ALL, lambda _: None)
+            assert report.delivered == 10
+            if watch_seconds < 1:
+                await async_wait_until(lambda: bool(replaying._delivery._flow.halt))
+
+    replaying = Replay(config, first.handlers)
+    with pytest.raises(DeadLetterStoreFailed, match="dead letters in the schema"):
+        await replaying.run(ALL, lambda _: None)
+    assert len(by_second) == 10
+    # One more had passed before the lock was lost, perhaps.
+    assert len(by_first) <= (1 if watch_seconds < 1 else 2)
+
+
+def test_no_more_is_read_at_a_time_than_may_be_in_flight() -> None:
+    units = [Unit([stored(number, b"[1]", size_bytes=400)]) for number in range(1, 6)]
+    found = [[one.letters[0].id for one in chunk] for chunk in _chunks(units, 1000)]
+    assert found == [[1, 2, 3], [4, 5]]
+    assert len(list(_chunks(units, 10_000))) == 1
+
+
+async def test_letters_that_are_dropped_meanwhile_were_not_delivered(
+    file_stream: Stream,
+) -> None:
+    await fill(file_stream.config, 3)
+
+    @file_stream.app.on("public.orders", name="book")
+    async def take(change: Change) -> None:
+        if change.id == "0/2:1":
+            async with opened(file_stream.config) as store:
+                await store.drop([one.id for one in await store.select(ALL)])
+
+    report = (await replay(file_stream))["book"]
+    assert (report.delivered, report.left) == (1, 0)
+
+
+def test_reports_and_plans_print_no_values() -> None:
+    secret = b'["123-45-6789"]'
+    report = RouteReport("book", left=1, blocked=((TABLE, secret),))
+    found = plan([stored(1, secret)], {1}, (), HeldUp())
+    assert "123-45-6789" not in repr(report) + repr(found)
+    assert "blocked=1" in repr(report)
 
 
 async def test_a_second_replay_is_refused(orders: Database, stream: Stream, book: Book) -> None:

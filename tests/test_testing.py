@@ -33,6 +33,7 @@ from walstream.testing import (
     HandlerStream,
     MakeStream,
     NotCrashed,
+    StartCluster,
     delete,
     insert,
     message,
@@ -268,6 +269,17 @@ async def test_the_slot_is_dropped_also_from_under_a_stream(
     await stream.crash()
     stream.close()
     assert ledger.database.execute(slots, own) == [(0,)]
+
+
+async def test_where_no_second_slot_is_free_nothing_is_left(
+    walstream_private_cluster: StartCluster,
+) -> None:
+    with Database(walstream_private_cluster({"max_replication_slots": "1"}).conninfo()) as database:
+        with pytest.raises(psycopg.errors.ConfigurationLimitExceeded):
+            HandlerStream(database.dsn)
+        assert database.execute("SELECT slot_name FROM pg_replication_slots") == []
+        connected = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+        await async_wait_until(lambda: database.execute(connected) == [(1,)])
 
 
 # ---- Crashing

@@ -72,8 +72,16 @@ class Route:
         )
         self.called: list[list[str]] = []
 
-    async def open(self, systemid: str = SYSTEM, flush_lsn: Lsn = FLUSH_LSN) -> None:
-        await self.target.open(systemid=systemid, flush_lsn=flush_lsn)
+    async def open(
+        self,
+        systemid: str = SYSTEM,
+        flush_lsn: Lsn = FLUSH_LSN,
+        timeline: int | None = 1,
+        history: Sequence[tuple[int, Lsn]] = (),
+    ) -> None:
+        await self.target.open(
+            systemid=systemid, flush_lsn=flush_lsn, timeline=timeline, history=history
+        )
 
     async def run(self, items: Sequence[Item], *steps: Step) -> int:
         """Let the handler note the items, and do the steps; return how many were left out."""
@@ -491,6 +499,47 @@ async def test_a_transaction_ended_by_sql_is_noticed(
     assert recorded(database) == [("0/0", 0)]
 
 
+ANOTHER: Final[tuple[list[Step], ...]] = (
+    ["COMMIT AND CHAIN"],
+    ["COMMIT; BEGIN"],
+    ["COMMIT", "BEGIN", "SELECT 1"],
+    ["COMMIT AND CHAIN", fail],
+    ["COMMIT; BEGIN", "SELECT 1 / 0"],
+    ["COMMIT; BEGIN; SELECT 1 / 0"],
+)
+
+
+@pytest.mark.parametrize("replaying", [False, True])
+@pytest.mark.parametrize("steps", ANOTHER, ids=repr)
+async def test_a_transaction_that_a_handler_put_in_place_of_ours_is_noticed(
+    database: Database, processes: Callable[..., Route], steps: list[Step], *, replaying: bool
+) -> None:
+    """It would be applied again by the next attempt, whose failure says nothing of it."""
+    route = processes(replaying=replaying)
+    await route.open()
+    with pytest.raises(TransactionBroken, match="may be committed") as caught:
+        await route.run(items_of(10), *steps)
+    assert "COMMIT" in caught.value.hint
+    assert recorded(database) == [("0/0", 0)]
+    assert database.execute("SELECT FROM walstream.replayed") == []
+
+
+async def test_a_transaction_rolled_back_and_begun_anew_leaves_what_a_handler_raises(
+    route: Route,
+) -> None:
+    """Nothing is committed, so it may be tried again."""
+    with pytest.raises(OwnError):
+        await route.run(items_of(10), "ROLLBACK AND CHAIN", fail)
+    with pytest.raises(TransactionBroken):
+        await route.run(items_of(10), "ROLLBACK AND CHAIN")
+
+
+async def test_a_handlers_own_null_is_its_own_error(database: Database, route: Route) -> None:
+    database.execute("CREATE TABLE full_of (ordinal int NOT NULL)")
+    with pytest.raises(psycopg.errors.NotNullViolation):
+        await route.run(items_of(10), "INSERT INTO full_of VALUES (NULL)")
+
+
 def swallow(connection: Any) -> Awaitable[None] | None:
     async def awaited() -> None:
         with suppress(psycopg.Error):
@@ -830,6 +879,103 @@ async def test_a_position_beyond_the_servers_wal_is_refused(
     await other.open(flush_lsn=Lsn(0x20))
 
 
+def timelines(database: Database) -> list[tuple[Any, ...]]:
+    return database.execute("SELECT timeline FROM walstream.progress")
+
+
+async def test_a_position_beyond_where_its_timeline_was_left_is_refused(
+    database: Database, processes: Callable[..., Route], route: Route
+) -> None:
+    """The WAL of the new timeline may have grown past it since."""
+    await route.run(items_of(0x20))
+    other = processes()
+    with pytest.raises(ProgressUnfit, match=r"0/20 on timeline 1, .* left at 0/1F ") as caught:
+        await other.open(timeline=3, history=[(1, Lsn(0x1F)), (2, Lsn(0x40))])
+    assert timelines(database) == [(1,)]
+    [delete] = [part for part in caught.value.hint.split("row: ") if part.startswith("DELETE")]
+    database.execute(delete)
+    await other.open(timeline=3, history=[(1, Lsn(0x1F)), (2, Lsn(0x40))])
+    assert await other.run(items_of(0x20)) == 0
+    assert timelines(database) == [(3,)]
+
+
+async def test_a_position_up_to_where_its_timeline_was_left_goes_on(
+    database: Database, processes: Callable[..., Route], route: Route
+) -> None:
+    await route.run(items_of(0x20))
+    other = processes()
+    await other.open(timeline=2, history=[(1, Lsn(0x20))])
+    assert await other.run(items_of(0x20, 0x30)) == 2
+    assert timelines(database) == [(2,)]
+    await other.open(timeline=3, history=[(1, Lsn(0x20)), (2, Lsn(0x30))])
+    assert timelines(database) == [(3,)]
+    with pytest.raises(ProgressUnfit, match=r"timeline 3 .* from timeline 1"):
+        await route.run(items_of(0x40))  # from the server that was left
+
+
+@pytest.mark.parametrize("history", [[], [(1, Lsn(0x40))]])
+async def test_a_timeline_that_the_server_does_not_come_from_is_refused(
+    database: Database, processes: Callable[..., Route], history: list[tuple[int, Lsn]]
+) -> None:
+    """It was restored to before that timeline began, or has lost the file that tells."""
+    route = processes()
+    await route.open(timeline=2)
+    await route.run(items_of(0x20))
+    other = processes()
+    with pytest.raises(ProgressUnfit, match="does not go on from that one"):
+        await other.open(timeline=1)
+    with pytest.raises(ProgressUnfit, match="does not go on from that one") as caught:
+        await other.open(timeline=3, history=history)
+    database.execute(caught.value.hint.rpartition("instead: ")[2])
+    await other.open(timeline=3, history=history)
+    assert await other.run(items_of(0x20)) == 2
+
+
+async def test_a_letter_replayed_beyond_where_its_timeline_was_left_is_refused_too(
+    processes: Callable[..., Route], route: Route
+) -> None:
+    await route.run(items_of(0x10))
+    replay = processes(replaying=True)
+    await replay.open(timeline=None)
+    await replay.run(items_of(0x20))
+    with pytest.raises(ProgressUnfit, match="0/20 on timeline 1"):
+        await processes().open(timeline=2, history=[(1, Lsn(0x1F))])
+
+
+async def test_an_unknown_timeline_is_filled_in(
+    database: Database, processes: Callable[..., Route]
+) -> None:
+    """A table of a version that did not record it; nothing of it is lost."""
+    await processes().open()
+    database.execute("ALTER TABLE walstream.progress DROP COLUMN timeline")
+    database.execute("UPDATE walstream.progress SET end_lsn = '0/A', ordinal = 2")
+    route = processes()
+    await route.open(timeline=2, history=[(1, Lsn(0x5))])
+    assert timelines(database) == [(2,)]
+    assert await route.run(items_of(10, 20)) == 2
+
+
+async def test_what_was_recorded_while_the_timeline_was_looked_at_is_not_overlooked(
+    database: Database, kind: Kind, processes: Callable[..., Route], route: Route
+) -> None:
+    """A process still has a transaction open on the timeline that was left."""
+    go_on = threading.Event()
+    first = asyncio.create_task(route.run(items_of(0x20), wait_for(go_on)))
+    other = processes()
+    try:
+        await async_wait_until(lambda: route.called)
+        second = asyncio.create_task(other.open(timeline=2, history=[(1, Lsn(0x1F))]))
+        await async_wait_until(lambda: len(backends(database, kind)) > 1)
+        await async_wait_until(lambda: database.execute("SELECT 1 FROM pg_locks WHERE NOT granted"))
+    finally:
+        go_on.set()
+    await first
+    with pytest.raises(TargetUnavailable, match="quicker"):
+        await second
+    with pytest.raises(ProgressUnfit, match="left at"):
+        await other.open(timeline=2, history=[(1, Lsn(0x1F))])
+
+
 @pytest.fixture
 def stranger(database: Database) -> Iterator[str]:
     """A role that may connect, and nothing more."""
@@ -853,6 +999,43 @@ async def test_a_role_that_may_not_make_the_table_is_told_what_to_run(
     with pytest.raises(AccessRefused):
         await route.run(items_of(10))
     await route.target.close()
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        "SELECT ON walstream.progress",
+        "INSERT ON walstream.progress",
+        "UPDATE ON walstream.progress",
+        "SELECT ON walstream.replayed",
+        "INSERT ON walstream.replayed",
+        "DELETE ON walstream.replayed",
+    ],
+)
+async def test_a_right_that_is_missing_is_told_at_the_start(
+    database: Database, stranger: str, right: str
+) -> None:
+    """Not at the first change, or when the first dead letter is replayed."""
+    run_twice(database.dsn, "06_progress.sql", role=stranger)
+    dsn = make_conninfo(database.dsn, user=stranger, password="hunter2")  # noqa: S106 - made here
+    route = Route("async def", dsn)
+    await route.open()
+    database.execute(f"REVOKE {right} FROM {stranger}")
+    with pytest.raises(AccessRefused, match="may not record"):
+        await route.open()
+
+
+async def test_a_table_without_the_timeline_is_told_to_a_role_that_may_not_add_it(
+    database: Database, stranger: str
+) -> None:
+    run_twice(database.dsn, "06_progress.sql", role=stranger)
+    database.execute("ALTER TABLE walstream.progress DROP COLUMN timeline")
+    dsn = make_conninfo(database.dsn, user=stranger, password="hunter2")  # noqa: S106 - made here
+    route = Route("async def", dsn)
+    with pytest.raises(AccessRefused, match="may not record") as caught:
+        await route.open()
+    database.execute(caught.value.hint.partition("or: ")[2].replace("<role>", stranger))
+    await route.open()
 
 
 async def test_the_file_for_operators_makes_the_same_tables(

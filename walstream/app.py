@@ -43,8 +43,8 @@ class Walstream:
         *operations: str,
         where: str | None = None,
         changed: str | Sequence[str] | None = None,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
         mask: Mapping[str, str] | None = None,
         leaving: bool = False,
         model: type[Any] | None = None,
@@ -107,8 +107,8 @@ class Walstream:
             where=where,
             changed=_names(changed),
             columns={
-                "include": None if include is None else list(include),
-                "exclude": list(exclude),
+                "include": None if include is None else list(_names(include) or ()),
+                "exclude": list(_names(exclude) or ()),
                 "mask": dict(mask or {}),
             },
             leaving=leaving,
@@ -130,7 +130,7 @@ class Walstream:
         options = calls.options(None if model is None else RowModel(model))
 
         def attach(function: Function) -> Function:
-            self.handlers.append((spec, Handler(function, name=name, options=options)))
+            self._attach(spec, Handler(function, name=name, options=options))
             return function
 
         return attach
@@ -172,11 +172,18 @@ class Walstream:
         calls = CallSpec.declared(where_from, visible=visible, transactional=transactional)
 
         def attach(function: Function) -> Function:
-            handler = Handler(function, name=name, options=calls.options(None))
-            self.handlers.append((spec, handler))
+            self._attach(spec, Handler(function, name=name, options=calls.options(None)))
             return function
 
         return attach
+
+    def _attach(self, spec: RouteSpec | MessageSpec, handler: Handler) -> None:
+        if self._daemon is not None:
+            raise UsageError(
+                f"{handler.name} is attached while the application runs, and would not be called",
+                hint="attach all handlers first",
+            )
+        self.handlers.append((spec, handler))
 
     async def run(
         self, config: Config | Path | str | None = None, *, until: str | None = None

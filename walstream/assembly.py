@@ -6,7 +6,7 @@ letters to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias, assert_never
 
 from walstream.catalog import Catalog
@@ -60,15 +60,9 @@ class Assembly:
         self._config = config
         self.sinks = [_sink(name, sink) for name, sink in config.sinks.items()]
         self.sinks += [sink for _, sink in sinks]
-        self.router = Router(
-            self._routes(handlers, sinks),
-            [
-                spec.route(handler.name, handler, config.handlers)
-                for spec, handler in handlers
-                if isinstance(spec, MessageSpec)
-            ],
+        self.router = make_router(
+            config, handlers, sinks=sinks, by_name={sink.name: sink for sink in self.sinks}
         )
-        _verify_names(self.routes)
         self.catalog = Catalog(
             config.postgres.catalog_dsn(),
             application_name=f"{config.postgres.application_name} catalog"[:63],
@@ -78,7 +72,7 @@ class Assembly:
     @property
     def routes(self) -> list[AnyRoute]:
         """Those of changes, then those of messages."""
-        return [*self.router.routes, *self.router.message_routes]
+        return _all_routes(self.router)
 
     def parking(self) -> Parking | None:
         """Return where dead letters go, when a route has them."""
@@ -103,32 +97,60 @@ class Assembly:
             show_error_messages=self._config.log.error_messages,
         )
 
-    def _routes(
-        self, handlers: Sequence[Attached], sinks: Sequence[tuple[RouteSpec, Sink]]
-    ) -> list[Route]:
-        config = self._config
-        masking_key, defaults = config.masking.secret(), config.handlers
-        own = config.own_tables()
-        by_name = {sink.name: sink for sink in self.sinks}
-        routes = [
-            spec.route(handler.name, handler, masking_key, defaults, own)
+
+def make_router(
+    config: Config,
+    handlers: Sequence[Attached],
+    *,
+    sinks: Sequence[tuple[RouteSpec, Sink]] = (),
+    by_name: Mapping[str, Sink] | None = None,
+) -> Router:
+    """Make the routes of a stream.
+
+    Args:
+        config: with the routes to sinks.
+        handlers: what was attached to the application.
+        sinks: destinations besides those of the configuration.
+        by_name: the sinks of the configuration; None where nothing is delivered.
+
+    Raises:
+        UsageError: nothing is routed anywhere.
+        ConfigError: a route cannot be made.
+    """
+    masking_key, defaults, own = config.masking.secret(), config.handlers, config.own_tables()
+    to_sinks = [(spec, sink.name, sink) for spec, sink in sinks]
+    to_sinks += [
+        (spec, spec.name or f"routes[{index}]", by_name and by_name[spec.to])
+        for index, spec in enumerate(config.routes)
+    ]
+    to_handlers = [
+        (spec, handler.name, handler) for spec, handler in handlers if isinstance(spec, RouteSpec)
+    ]
+    router = Router(
+        [
+            spec.route(name, destination, masking_key, defaults, own)
+            for spec, name, destination in (*to_handlers, *to_sinks)
+        ],
+        [
+            spec.route(handler.name, handler, defaults)
             for spec, handler in handlers
-            if isinstance(spec, RouteSpec)
-        ]
-        routes += [spec.route(sink.name, sink, masking_key, defaults, own) for spec, sink in sinks]
-        routes += [
-            spec.route(
-                spec.name or f"routes[{index}]", by_name[spec.to], masking_key, defaults, own
-            )
-            for index, spec in enumerate(config.routes)
-        ]
-        if not routes and not handlers:
-            raise UsageError(
-                "nothing is routed anywhere",
-                hint="attach a handler (walstream run module:name) or write a [[routes]] into the"
-                " configuration file",
-            )
-        return routes
+            if isinstance(spec, MessageSpec)
+        ],
+    )
+    _verify_routes(_all_routes(router))
+    return router
+
+
+def needs_everything(router: Router) -> bool:
+    """Whether the server must be asked for all changes, whatever else could be pushed down to it.
+
+    What a transactional handler has recorded must mean the same under other routes.
+    """
+    return any(map(_is_transactional, _all_routes(router)))
+
+
+def _all_routes(router: Router) -> list[AnyRoute]:
+    return [*router.routes, *router.message_routes]
 
 
 def letters_of(config: Config, slot: str | None = None) -> DeadLetterStore:
@@ -159,8 +181,13 @@ def _sink(name: str, config: SinkConfig) -> Sink:
             assert_never(config)
 
 
-def _verify_names(routes: Sequence[AnyRoute]) -> None:
-    """Refuse routes of one name where something is kept under the name."""
+def _verify_routes(routes: Sequence[AnyRoute]) -> None:
+    """Refuse no routes at all, and routes of one name where something is kept under the name."""
+    if not routes:
+        raise UsageError(
+            "nothing is routed anywhere",
+            hint="name handlers (module:name), or write a [[routes]] into the configuration file",
+        )
     names = [route.name for route in routes]
     problems = [
         f"{route.name}: {names.count(route.name)} routes have this name, and dead letters and what"
@@ -173,11 +200,12 @@ def _verify_names(routes: Sequence[AnyRoute]) -> None:
 
 
 def _keeps_something(route: AnyRoute) -> bool:
+    return _is_transactional(route) or route.policy.on_failure is OnFailure.DEAD_LETTER
+
+
+def _is_transactional(route: AnyRoute) -> bool:
     destination = route.destination
-    is_transactional = (
-        isinstance(destination, Handler) and destination.options.transactional is not None
-    )
-    return is_transactional or route.policy.on_failure is OnFailure.DEAD_LETTER
+    return isinstance(destination, Handler) and destination.options.transactional is not None
 
 
 def _targets(

@@ -37,6 +37,10 @@ _WAY_TO_CALLS: Final = (
 )
 
 
+PASSING: Final = (KeyboardInterrupt, GeneratorExit)
+"""What a call raises that is not its own: the terminal's Ctrl-C, and Python closing a coroutine."""
+
+
 class Slot:
     """What one worker has in hand; ``item`` is None between two calls."""
 
@@ -97,7 +101,14 @@ class NotRun(HandlerFailed):
 class Target(Protocol):
     """The database of a transactional handler, which records how far it is."""
 
-    async def open(self, *, systemid: str, flush_lsn: Lsn) -> None:
+    async def open(
+        self,
+        *,
+        systemid: str,
+        flush_lsn: Lsn,
+        timeline: int | None = None,
+        history: Sequence[tuple[int, Lsn]] = (),
+    ) -> None:
         """Make ready for a session with this cluster."""
 
     async def run(
@@ -275,7 +286,9 @@ class ThreadCaller:
         slot.thread = threading.get_ident()
         try:
             return len(items), self._call(items), None
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - user code
+        except PASSING:
+            raise
+        except BaseException as error:  # noqa: BLE001 - user code, which may even exit
             return 0, 0, error
         finally:
             slot.thread = None
@@ -292,7 +305,9 @@ class ThreadCaller:
                 slot.begin(item)
                 try:
                     repeated += self._call([item])
-                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - user code
+                except PASSING:
+                    raise
+                except BaseException as error:  # noqa: BLE001 - user code, which may even exit
                     return done, repeated, error
             return len(items), repeated, None
         finally:

@@ -364,6 +364,10 @@ class Message(msgspec.Struct, eq=False, frozen=True):
             return str(self.lsn)
         return f"{self.transaction.end_lsn}:{self.ordinal}"
 
+    def __repr__(self) -> str:
+        """Print what is safe to log."""
+        return f"Message({self.prefix} {self.id})"
+
 
 def decode_columns(sent: msgspec.Raw) -> list[Column]:
     """Read a record's list of columns.

@@ -255,6 +255,8 @@ class MessageSpec(FailureSpec):
 class CallSpec(_Section):
     """How a handler wants to be called: what decorators say beside the route."""
 
+    model_config = ConfigDict(strict=True)  # "yes" is no way to say True in Python
+
     batch: int | None = Field(None, ge=1)
     linger_seconds: float | None = Field(None, ge=0)
     transactions: bool = False

@@ -132,6 +132,21 @@ class ReplicationConnection:
         row = await self._row("IDENTIFY_SYSTEM")
         return SystemIdentity(row[0], int(row[1]), Lsn.parse(row[2]), row[3])
 
+    async def timeline_history(self, timeline: int) -> tuple[tuple[int, Lsn], ...]:
+        """Ask which timelines a timeline goes on from, and where each of them was left.
+
+        To be asked before `start`. Nothing when the server has lost the file that tells.
+        """
+        try:
+            cursor = await self._connection.execute(b"TIMELINE_HISTORY %d" % timeline)
+        except psycopg.errors.UndefinedFile:
+            return ()
+        except psycopg.Error as error:
+            raise server_error(error, replication=True) from error
+        # As it was sent: versions before 15 call it bytea and send text.
+        content = cursor.pgresult.get_value(0, 1) if cursor.pgresult is not None else None
+        return _parse_history(content or b"")
+
     async def create_slot(
         self,
         name: str,
@@ -345,6 +360,16 @@ class ReplicationConnection:
 def _wake(ready: asyncio.Future[None]) -> None:
     if not ready.done():
         ready.set_result(None)
+
+
+def _parse_history(content: bytes) -> tuple[tuple[int, Lsn], ...]:
+    """Read a history file: a timeline, where it was left, and why, in each line."""
+    lines = [line.split() for line in content.decode(errors="replace").splitlines()]
+    return tuple(
+        (int(fields[0]), Lsn.parse(fields[1]))
+        for fields in lines
+        if fields and not fields[0].startswith("#")
+    )
 
 
 def _identifier(name: str) -> str:

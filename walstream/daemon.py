@@ -20,7 +20,7 @@ from walstream.backoff import Backoff
 from walstream.binding import Binding
 from walstream.catalog import Server
 from walstream.config import Config, MessageSpec, RouteSpec
-from walstream.connection import ReplicationConnection
+from walstream.connection import ReplicationConnection, SystemIdentity
 from walstream.decoder import START_OPTIONS, Decoder
 from walstream.destinations import Handler, Sink
 from walstream.errors import (
@@ -273,14 +273,20 @@ class Daemon:
             application_name=config.postgres.application_name,
             on_notice=self._lost.notice,
         ) as connection:
-            systemid = await self._recognise(connection)
+            identity = await self._recognise(connection)
+            history = await self._timeline_history(connection, identity.timeline)
             pushed_down = await self._pushed_down()
             await self._catalog.partitions_changed()
             confirmed = await self._start(connection, {**START_OPTIONS, **pushed_down.options})
             for target in self._targets.values():
                 # Asked now that the slot is ours: whoever had it before records nothing any more.
                 flush_lsn = (await self._catalog.server()).flush_lsn
-                await target.open(systemid=systemid, flush_lsn=flush_lsn)
+                await target.open(
+                    systemid=identity.systemid,
+                    flush_lsn=flush_lsn,
+                    timeline=identity.timeline,
+                    history=history,
+                )
             self._acknowledger = Acknowledger(confirmed)
             self._delivery.attach(self._acknowledger)
             binding = self._binding(server, pushed_down)
@@ -353,9 +359,10 @@ class Daemon:
             )
         return confirmed
 
-    async def _recognise(self, connection: ReplicationConnection) -> str:
-        """Return the cluster's identifier; refuse another one than that which was begun with."""
-        systemid = (await connection.identify_system()).systemid
+    async def _recognise(self, connection: ReplicationConnection) -> SystemIdentity:
+        """Ask which cluster it is; refuse another one than that which was begun with."""
+        identity = await connection.identify_system()
+        systemid = identity.systemid
         if self._systemid not in {None, systemid}:
             message = (
                 f"the server is the cluster {systemid}, and was {self._systemid} before: its slot"
@@ -363,7 +370,15 @@ class Daemon:
             )
             raise SlotLost(message, hint="check the dsn; start anew if this is intended")
         self._systemid = systemid
-        return systemid
+        return identity
+
+    async def _timeline_history(
+        self, connection: ReplicationConnection, timeline: int
+    ) -> tuple[tuple[int, Lsn], ...]:
+        """Ask for what transactional handlers compare their positions with; the first has none."""
+        if not self._targets or timeline == 1:
+            return ()
+        return await connection.timeline_history(timeline)
 
     async def _pushed_down(self) -> PushedDown:
         return push_down(

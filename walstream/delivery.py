@@ -7,8 +7,11 @@ told to the acknowledger, which alone decides what may be confirmed.
 
 from __future__ import annotations
 
+import sysconfig
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -240,7 +243,8 @@ class Delivery:
         if isinstance(error, WalstreamError):
             return f"{type(error).__name__}: {error.message}"
         frames = traceback.extract_tb(error.__traceback__)
-        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+        place = "".join(f" at {one.filename}:{one.lineno}" for one in (own or frames)[-1:])
         text = f": {error}" if self._show_error_messages else ""
         return f"{type(error).__name__}{place}{text}"
 
@@ -251,6 +255,13 @@ class Delivery:
     def _wake(self) -> None:
         for outlet in self._outlets.values():
             outlet.wake()
+
+
+_LIBRARIES: Final = tuple(
+    {str(Path(__file__).parent), "<frozen "}
+    | {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+)
+"""Where errors are raised that a handler's own line leads to: that line is told."""
 
 
 def _since(held: Held) -> float:

@@ -6,7 +6,7 @@ a stream would not ask the server for; ids are those that the stream would give.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Final
@@ -16,13 +16,13 @@ import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import TupleRow
 
+from walstream.assembly import needs_everything
 from walstream.binding import Binding
 from walstream.catalog import PINNED, Catalog
 from walstream.changes import Change, Message, Transaction
-from walstream.config import Config, MessageSpec, RouteSpec
+from walstream.config import Config
 from walstream.decoder import START_OPTIONS, Decoder
-from walstream.destinations import Handler
-from walstream.errors import PluginTooOld, SlotBusy, UsageError
+from walstream.errors import PluginTooOld, SlotBusy
 from walstream.postgres import connect, server_error
 from walstream.preflight import verify_routes
 from walstream.pushdown import PushedDown, push_down
@@ -31,7 +31,7 @@ from walstream.router import Explanation, Router
 from walstream.slots import usable_slot
 
 RECORDS_PER_CHANGE: Final = 3
-"""A transaction of one change is three records: so many are asked for at least."""
+"""A transaction of one change is three records: so many are asked for at first."""
 
 FETCHED_RECORDS: Final = 1000
 """How many records are held at a time."""
@@ -54,41 +54,8 @@ class Explained(msgspec.Struct, frozen=True):
     is_sent: bool = True
 
 
-def make_router(
-    config: Config, handlers: Sequence[tuple[RouteSpec | MessageSpec, Handler]]
-) -> Router:
-    """Make the routes of a stream, which lead nowhere.
-
-    Raises:
-        UsageError: there is none.
-        ConfigError: a route cannot be made.
-    """
-    masking_key, defaults = config.masking.secret(), config.handlers
-    own = config.own_tables()
-    routes = [
-        spec.route(handler.name, None, masking_key, defaults, own)
-        for spec, handler in handlers
-        if isinstance(spec, RouteSpec)
-    ]
-    routes += [
-        spec.route(spec.name or f"routes[{index}]", None, masking_key, defaults, own)
-        for index, spec in enumerate(config.routes)
-    ]
-    message_routes = [
-        spec.route(handler.name, None, defaults)
-        for spec, handler in handlers
-        if isinstance(spec, MessageSpec)
-    ]
-    if not routes and not message_routes:
-        raise UsageError(
-            "nothing is routed anywhere",
-            hint="name a handler (module:name), or write a [[routes]] into the configuration file",
-        )
-    return Router(routes, message_routes)
-
-
 async def explain_slot(
-    config: Config, router: Router, *, limit: int, everything: bool = False
+    config: Config, router: Router, *, limit: int
 ) -> AsyncGenerator[Explained, None]:
     """Explain what waits in the slot, from its position on.
 
@@ -96,10 +63,9 @@ async def explain_slot(
         config: where the slot is.
         router: with the routes.
         limit: how many changes and messages at most.
-        everything: a stream of these routes asks the server for all changes.
 
     Raises:
-        SlotBusy: somebody streams from it.
+        SlotBusy: somebody streams from it, or has moved it meanwhile.
         SlotMissing, SlotUnfit, SlotLost: as it is.
         ConfigError: a route does not fit the database.
     """
@@ -110,7 +76,9 @@ async def explain_slot(
         await usable_slot(catalog, slot)
         await verify_routes(catalog, router.routes)
         options = await _known_options(catalog, slot)
-        pushed_down = push_down(router.routes, await catalog.partitioned(), everything=everything)
+        pushed_down = push_down(
+            router.routes, await catalog.partitioned(), everything=needs_everything(router)
+        )
         await catalog.partitions_changed()
         explainer = _Explainer(catalog, router, pushed_down)
         async with (
@@ -197,22 +165,42 @@ async def _peek(
 ) -> AsyncGenerator[list[bytes], None]:
     """Read records from the slot and leave it where it is, a bounded number at a time.
 
-    The server ends with the transaction in which there are so many, and keeps what is not fetched.
+    The server begins at the slot's position each time, ends with the transaction in which there are
+    as many records as were asked for, and keeps what is not fetched. The records can be those of
+    transactions without any change, so it is asked for more until no more come.
     """
-    parameters = {
-        "slot": slot,
-        "records": min(records, _MOST_RECORDS),
-        "options": _listed(options),
-    }
+    passed, asked = 0, 0
+    position = None
     try:
-        async with connection.transaction(), connection.cursor("walstream_explain") as cursor:
+        async with connection.transaction():
             # Values are printed by the settings of the session that peeks.
             await connection.execute(PINNED)
-            await cursor.execute(_PEEK, parameters)
-            while rows := await cursor.fetchmany(FETCHED_RECORDS):
-                yield [data.encode() for (data,) in rows]
+            while passed >= asked and asked < _MOST_RECORDS:
+                asked = min(max(records, 2 * passed), _MOST_RECORDS)
+                position = await _position(connection, slot, position)
+                parameters = {
+                    "slot": slot,
+                    "records": asked,
+                    "passed": passed,
+                    "options": _listed(options),
+                }
+                async with connection.cursor("walstream_explain") as cursor:
+                    await cursor.execute(_PEEK, parameters)
+                    while rows := await cursor.fetchmany(FETCHED_RECORDS):
+                        passed += len(rows)
+                        yield [data.encode() for (data,) in rows]
     except psycopg.Error as error:
         raise server_error(error) from error
+
+
+async def _position(
+    connection: AsyncConnection[TupleRow], slot: str, before: str | None
+) -> str | None:
+    """Return the slot's position, which has to be the one of before."""
+    (position,) = await (await connection.execute(_POSITION, {"slot": slot})).fetchone() or (None,)
+    if before not in {None, position}:
+        raise SlotBusy(f"the slot {slot} was moved while it was looked into")
+    return position
 
 
 def _listed(options: Mapping[str, str]) -> list[str]:
@@ -226,6 +214,15 @@ _PEEK: Final = sql.SQL(
     SELECT data
       FROM pg_logical_slot_peek_changes(
                %(slot)s, NULL, %(records)s::int, VARIADIC %(options)s::text[])
+    OFFSET %(passed)s
+    """
+)
+
+_POSITION: Final = sql.SQL(
+    """
+    SELECT confirmed_flush_lsn::text
+      FROM pg_replication_slots
+     WHERE slot_name = %(slot)s
     """
 )
 

@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from walstream.acknowledger import Ticket
-from walstream.calls import Caller, NotRun, Slot, ThreadCaller, verify_finished
+from walstream.calls import PASSING, Caller, NotRun, Slot, ThreadCaller, verify_finished
 from walstream.changes import Change, Message
 from walstream.destinations import Destination, Handler, HandlerOptions, Item
 from walstream.errors import (
@@ -32,9 +32,9 @@ from walstream.errors import (
     SetupError,
     SinkFailed,
     StreamBroken,
+    TargetUnavailable,
     TransactionBroken,
     TransactionTooLarge,
-    Unavailable,
     WalstreamError,
 )
 from walstream.flow import Flow, Halt, Handed
@@ -60,9 +60,6 @@ MAX_CALLS_IN_A_ROW: Final = 100
 
 _CANCEL_SECONDS: Final = 2.0
 """How long a handler gets to end when it is cancelled."""
-
-_NEVER_AGAIN: Final = (NotRun, OutputClosed, SetupError, TransactionBroken)
-"""No attempt and no other change would fare better: whatever the policy, the stream stops."""
 
 _SAME_AGAIN: Final = (RowInvalid, TransactionTooLarge)
 """The same change would fail the same way: no further attempt, then the policy."""
@@ -512,7 +509,9 @@ class Outlet(ABC):
         slot.begin(items[0])
         try:
             redelivered, error = await self.caller.call(items, slot)
-        except (Exception, asyncio.CancelledError) as raised:
+        except PASSING:
+            raise
+        except BaseException as raised:
             await self._settle_cancellation()
             if not isinstance(self.destination, Handler) and not isinstance(
                 raised, OSError | SinkFailed | OutputClosed | asyncio.CancelledError
@@ -547,13 +546,13 @@ class Outlet(ABC):
         started = slot.since
         outages = 0
         while True:
-            is_outage = isinstance(error, Unavailable)
+            is_outage = self._is_outage(error)
             if is_outage:  # not the change's fault: it is waited out, and is no attempt
                 attempts -= 1
                 outages += 1
                 pause: float | None = policy.backoff.pause_seconds(outages)
             else:
-                pause = _pause(policy, attempts, error, time.monotonic() - started)
+                pause = self._pause(policy, attempts, error, time.monotonic() - started)
             if pause is None:
                 await self._give_up(unit, items, error, attempts, slot)
                 return
@@ -569,6 +568,31 @@ class Outlet(ABC):
             error = again
             attempts += 1
 
+    def _is_outage(self, error: BaseException) -> bool:
+        """Whether it is the database of a transactional handler that is away."""
+        return isinstance(error, TargetUnavailable)
+
+    def _is_final(self, error: BaseException) -> bool:
+        """Whether no attempt and no other change would fare better: the stream stops.
+
+        A handler may raise errors of ours too, perhaps because it uses walstream: these are as any.
+        """
+        if isinstance(self.destination, Handler):
+            of_target = isinstance(error, SetupError | TransactionBroken)
+            return isinstance(error, NotRun) or (of_target and self._is_transactional)
+        return isinstance(error, OutputClosed)
+
+    @property
+    def _is_transactional(self) -> bool:
+        return self._options.transactional is not None
+
+    def _pause(
+        self, policy: FailurePolicy, attempt: int, error: BaseException, elapsed_seconds: float
+    ) -> float | None:
+        if self._is_final(error) or isinstance(error, _SAME_AGAIN):
+            return None
+        return policy.pause_seconds(attempt, error, elapsed_seconds)
+
     async def _give_up(
         self,
         unit: list[Handed],
@@ -578,7 +602,7 @@ class Outlet(ABC):
         slot: Slot,
     ) -> None:
         """Do with a unit that was not taken what the policy says; each change by itself."""
-        if isinstance(error, _NEVER_AGAIN):
+        if self._is_final(error):
             raise self._failure(items[0], error, attempts)
         if len(unit) == 1 or self._options.transactions:
             await self._put_aside(unit, error, attempts)
@@ -655,7 +679,7 @@ class Outlet(ABC):
 
     def _failure(self, item: Item, error: BaseException, attempts: int) -> WalstreamError:
         """Return what stops the stream."""
-        if isinstance(error, OutputClosed | SetupError):
+        if isinstance(error, OutputClosed | SetupError) and self._is_final(error):
             return error
         kind: type[DeliveryError] = (
             HandlerFailed if isinstance(self.destination, Handler) else SinkFailed
@@ -724,7 +748,7 @@ class PlainOutlet(Outlet):
                 if self._waiting:
                     await asyncio.sleep(0)
 
-    async def _call_all(  # noqa: C901, PLR0912 - calls in between would cost more than all it does
+    async def _call_all(  # noqa: C901, PLR0912, PLR0915 - calls in between would cost more than all it does
         self, slot: Slot
     ) -> None:
         """Call for what waits; what was called is taken when a transaction is through."""
@@ -764,7 +788,9 @@ class PlainOutlet(Outlet):
                 result = await function(item)
                 if result is not None:
                     verify_finished(handler, result)
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - user code
+            except PASSING:
+                raise
+            except BaseException as error:  # noqa: BLE001 - user code, which may even exit
                 slot.end()
                 if count:
                     self._called(current, count, size_bytes)
@@ -1176,11 +1202,3 @@ def _keys(item: Item, columns: Sequence[str] | None) -> tuple[Key, ...]:
 def _policy(entry: Handed) -> FailurePolicy:
     policy: FailurePolicy = entry[0].policy
     return policy
-
-
-def _pause(
-    policy: FailurePolicy, attempt: int, error: BaseException, elapsed_seconds: float
-) -> float | None:
-    if isinstance(error, _NEVER_AGAIN + _SAME_AGAIN):
-        return None
-    return policy.pause_seconds(attempt, error, elapsed_seconds)

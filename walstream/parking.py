@@ -74,16 +74,10 @@ class Parking:
             DeadLetterStoreFailed: the store cannot take them.
         """
         letters = [_letter(*part, parked=True) for part in parts]
-        are_parked = await self._store.park(letters)
-        if not any(are_parked):
+        if not any(await self._store.park(letters, together=True)):
             for route, _, keys in parts:
                 self._forget(route, keys)
             return False
-        others = [
-            letter for letter, is_parked in zip(letters, are_parked, strict=True) if not is_parked
-        ]
-        if others:
-            await self._store.add(others)
         for route, _, keys in parts:
             self._remember(route, keys)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 
 import msgspec
@@ -37,8 +38,8 @@ class Retry(Exception):
         Raises:
             ValueError: the delay is negative.
         """
-        if delay_seconds is not None and not delay_seconds >= 0:
-            message = f"a delay is 0 seconds or more, not {delay_seconds}"
+        if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
+            message = f"a delay is a number of seconds, 0 or more, not {delay_seconds}"
             raise ValueError(message)
         super().__init__(reason)
         self.delay_seconds = delay_seconds

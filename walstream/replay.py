@@ -39,7 +39,7 @@ from walstream.dead_letters import (
     typeoids_of,
 )
 from walstream.dead_letters.bounds import HeldUp
-from walstream.dead_letters.store import Place
+from walstream.dead_letters.store import Place, Verify
 from walstream.destinations import Destination, Handler, Item
 from walstream.errors import DeadLetterStoreFailed, SinkFailed
 from walstream.flow import Handed
@@ -73,6 +73,14 @@ class RouteReport(msgspec.Struct, frozen=True):
     added: int = 0
     blocked: tuple[Key, ...] = ()
     reason: str = ""
+
+    def __repr__(self) -> str:
+        """Print how many keys are blocked: they hold values of rows."""
+        return (
+            f"RouteReport({self.route} delivered={self.delivered} failed={self.failed}"
+            f" left={self.left} added={self.added} blocked={len(self.blocked)}"
+            f" reason={self.reason!r})"
+        )
 
 
 class Unit(Ticket):
@@ -110,6 +118,10 @@ class Plan(msgspec.Struct, frozen=True):
 
     units: list[Unit]
     left: list[StoredLetter]
+
+    def __repr__(self) -> str:
+        """Print how many there are."""
+        return f"Plan(units={len(self.units)} left={len(self.left)})"
 
 
 def plan(
@@ -172,6 +184,7 @@ class _RouteRun:
         self.route = route
         self.reason = reason
         self.wanted: set[int] = set()
+        self.wanted_keys: set[Key] = set()
         self.failed: set[int] = set()
         self.delivered = 0
         self.stuck: HeldUp | None = None
@@ -188,10 +201,9 @@ class _RouteRun:
     async def report(self, store: DeadLetterStore) -> RouteReport:
         """Say what became of the letters."""
         if self.route is None:
-            left = [one async for one in pages(store, LetterQuery(ids=sorted(self.wanted)))]
-        else:
-            now = await self._plan(store)
-            left = [*now.left, *(stored for unit in now.units for stored in unit.letters)]
+            return await self._report_untried(store)
+        now = await self._plan(store)
+        left = [*now.left, *(stored for unit in now.units for stored in unit.letters)]
         return RouteReport(
             route=self.name,
             delivered=self.delivered,
@@ -199,6 +211,15 @@ class _RouteRun:
             left=len(left),
             added=len(self._meant - self.wanted),
             blocked=tuple(dict.fromkeys(key for stored in left for key in stored.letter.keys)),
+            reason=self.reason,
+        )
+
+    async def _report_untried(self, store: DeadLetterStore) -> RouteReport:
+        blocked = {key for route, key in await store.blocked() if route == self.name}
+        return RouteReport(
+            route=self.name,
+            left=await store.count(LetterQuery(ids=sorted(self.wanted))),
+            blocked=tuple(sorted(self.wanted_keys & blocked)),
             reason=self.reason,
         )
 
@@ -246,6 +267,10 @@ class _Runs(Parking):
     @property
     def is_used(self) -> bool:
         """Whether letters may hold up others: always."""
+        return True
+
+    def has_letters(self, _: str) -> bool:
+        """Whether letters of a route may hold up others: always."""
         return True
 
     def may_block(self, route: str, _: object) -> bool:
@@ -332,8 +357,8 @@ class _Receipts(Acknowledger):
             count = min(len(self._delivered), SETTLED_LETTERS)
             letters = [self._delivered.popleft() for _ in range(count)]
             settled = await self._store.settle(letters)
-            for stored, is_gone in zip(letters, settled, strict=True):
-                self._runs.by_name[stored.letter.route].delivered += is_gone
+            for stored, is_removed in zip(letters, settled, strict=True):
+                self._runs.by_name[stored.letter.route].delivered += is_removed
 
 
 class Replay:
@@ -352,6 +377,7 @@ class Replay:
         """
         self._assembly = Assembly(config, handlers, replaying=True)
         self._store = letters_of(config)
+        self._max_read_bytes = config.stream.max_in_flight_bytes
         self._runs = _Runs(self._store)
         self._delivery = self._assembly.delivery(self._runs)
         self._opened: dict[Destination, str] = {}
@@ -394,19 +420,19 @@ class Replay:
             verify = await opened.enter_async_context(self._store.exclusive())
             asked = [stored async for stored in pages(self._store, query)]
             confirm(asked)
-            watching = asyncio.create_task(self._watch())
-            opened.callback(watching.cancel)
+            watching = asyncio.create_task(self._watch(verify))
+            opened.push_async_callback(_cancelled, watching)
             await self._open(asked, opened)
             while not self._is_stopped and (units := await self._next_units()):
-                await verify()
-                await self._deliver(units)
+                await self._deliver(units, verify, watching)
             await self._forget_replayed()
             return [await run.report(self._store) for run in self._runs.by_name.values()]
 
-    async def _watch(self) -> None:
+    async def _watch(self, verify: Verify) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             self._delivery.watch(time.monotonic())
+            await verify()
 
     # Routes and destinations
 
@@ -417,6 +443,7 @@ class Replay:
             if name not in self._runs.by_name:
                 self._runs.by_name[name] = await self._open_route(name, opened)
             self._runs.by_name[name].wanted.add(stored.id)
+            self._runs.by_name[name].wanted_keys.update(stored.letter.keys)
 
     async def _open_route(self, name: str, opened: AsyncExitStack) -> _RouteRun:
         found = [route for route in self._assembly.routes if route.name == name]
@@ -464,30 +491,46 @@ class Replay:
             units += await run.next_units(self._store)
         return sorted(units, key=lambda unit: unit.place)
 
-    async def _deliver(self, units: Sequence[Unit]) -> None:
-        """Deliver; what was delivered is removed when this returns or raises."""
+    async def _deliver(
+        self, units: Sequence[Unit], verify: Verify, watching: asyncio.Task[None]
+    ) -> None:
+        """Deliver; what was delivered is removed when this returns or raises.
+
+        When letters cannot be read or removed, or another process may replay them too, only the
+        calls in hand are finished.
+        """
         receipts = _Receipts(self._store, self._runs)
         self._delivery.attach(receipts)
         if self._is_stopped:  # `attach` has forgotten it
             return
         settling = asyncio.create_task(receipts.settle())
         delivering = asyncio.create_task(self._delivery.run())
+        others = [settling, delivering, watching]
+        feeding = asyncio.create_task(self._feed(units, verify, others))
         try:
-            await self._feed(units, {settling, delivering})
-            self._delivery.finish(calls_only=settling.done())
+            await asyncio.wait([feeding])
+            if feeding.exception() is None:
+                self._delivery.finish()
+                await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+            self._delivery.finish(calls_only=True)
             await asyncio.wait([delivering])
         finally:
-            delivering.cancel()
-            await asyncio.wait([delivering])
+            await _cancelled(feeding)
+            await _cancelled(delivering)
             receipts.finish()
             await asyncio.wait([settling])
             self._runs.forget()
-        settling.result()
-        delivering.result()
+        for task in (settling, delivering, feeding):
+            task.result()
+        if watching.done():
+            watching.result()
 
-    async def _feed(self, units: Sequence[Unit], others: Collection[asyncio.Task[None]]) -> None:
+    async def _feed(
+        self, units: Sequence[Unit], verify: Verify, others: Collection[asyncio.Task[None]]
+    ) -> None:
         """Hand over until all is handed over, or one of the others has ended."""
-        for together in _chunks(units):
+        for together in _chunks(units, self._max_read_bytes):
+            await verify()
             for handed in await self._read(together):
                 while self._delivery.is_full and not any(task.done() for task in others):
                     room = asyncio.create_task(self._delivery.wait_for_change())
@@ -531,16 +574,17 @@ def _keeping(route: AnyRoute) -> AnyRoute:
     return msgspec.structs.replace(route, policy=policy)
 
 
-def _chunks(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+def _chunks(units: Sequence[Unit], max_bytes: int) -> Iterator[list[Unit]]:
     """Divide, not within a unit, into parts that are not much larger than can be read at once."""
     chunk: list[Unit] = []
-    count = 0
+    count = size_bytes = 0
     for unit in units:
         chunk.append(unit)
         count += len(unit.letters)
-        if count >= FETCHED_LETTERS:
+        size_bytes += sum(stored.size_bytes for stored in unit.letters)
+        if count >= FETCHED_LETTERS or size_bytes >= max_bytes:
             yield chunk
-            chunk, count = [], 0
+            chunk, count, size_bytes = [], 0, 0
     if chunk:
         yield chunk
 
@@ -548,3 +592,9 @@ def _chunks(units: Sequence[Unit]) -> Iterator[list[Unit]]:
 def _without_payload(stored: StoredLetter) -> StoredLetter:
     letter = msgspec.structs.replace(stored.letter, payload=b"", traceback="")
     return msgspec.structs.replace(stored, letter=letter)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end, whatever that is."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

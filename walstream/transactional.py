@@ -17,6 +17,10 @@ slot and route tells everything. Three things hold that up:
   order, no message falls inside of a transaction, and two records never end at the same place.
 - The names of transactional routes are unique within a slot and stay: a route with a new name
   knows of nothing that was applied before.
+- A position means something on its timeline only. After a failover, or a restore to an earlier
+  time, the WAL goes on from where the new timeline began, and what comes then may have positions
+  that were recorded for what was lost. So the timeline is recorded too, and a position beyond the
+  place where it was left is refused.
 
 A dead letter is replayed after changes that came behind it. Its position is recorded by itself, in
 ``walstream.replayed``, and that of the route stays: the daemon may have parked the letter while
@@ -128,6 +132,8 @@ class TransactionalTarget:
         self._replaying = replaying
         self._statements = (_ReplayStatements if replaying else _Statements)(slot, route)
         self._systemid = ""
+        self._timeline: int | None = None
+        self._xid = ""  # of the transaction that a handler is working in, as its database calls it
         self._recorded = NOTHING  # at least; the table knows better
         self._replayed: frozenset[Position] = frozenset()
         self._connection: _HandlersAsyncConnection | None = None
@@ -136,7 +142,14 @@ class TransactionalTarget:
         self._in_thread = threading.Lock()
         self._is_closed = False
 
-    async def open(self, *, systemid: str, flush_lsn: Lsn) -> None:
+    async def open(
+        self,
+        *,
+        systemid: str,
+        flush_lsn: Lsn,
+        timeline: int | None = None,
+        history: Sequence[tuple[int, Lsn]] = (),
+    ) -> None:
         """Make sure that the table is there, and that what it has recorded is about this source.
 
         To be called at the start of each session.
@@ -145,23 +158,31 @@ class TransactionalTarget:
             systemid: of the cluster that the changes come from.
             flush_lsn: how far its WAL goes, asked for when the slot was already ours: a process
                 that had it before may record what it was sent until then.
+            timeline: on which the cluster is; None when it was not asked, nothing of it is
+                compared or recorded then.
+            history: which timelines that one goes on from, and where each of them was left.
 
         Raises:
             TargetUnavailable: the database cannot be reached or written to now.
             AccessRefused: the table is not there and may not be made, or not be written to.
-            ProgressUnfit: what is recorded is of another cluster, or lies beyond its WAL.
+            ProgressUnfit: what is recorded is of another cluster, or lies beyond its WAL, or on a
+                timeline that the cluster does not go on from.
             SetupError: the connection string cannot be used.
         """
         self._is_closed = False
-        self._systemid = systemid
+        self._systemid, self._timeline = systemid, None
         async with self._questions() as connection:
-            row = await self._prepare(connection)
-            replayed = await (await connection.execute(self._statements.replayed)).fetchall()
-        self._replayed = frozenset((Lsn.parse(end_lsn), ordinal) for end_lsn, ordinal in replayed)
-        recorded = self._position(row)
-        if recorded[0] > flush_lsn:
-            raise self._beyond(recorded[0], flush_lsn)
-        self._recorded = recorded
+            row = await self._prepare(connection, timeline)
+            rows = await (await connection.execute(self._statements.replayed)).fetchall()
+            replayed = frozenset((Lsn.parse(end_lsn), ordinal) for end_lsn, ordinal in rows)
+            recorded = self._position(row)
+            furthest = max({recorded, *replayed})[0]
+            if furthest > flush_lsn:
+                raise self._beyond(furthest, flush_lsn)
+            if row is not None and timeline is not None and row[3] != timeline:
+                self._verify_timeline(furthest, row[3], timeline, history)
+                await self._go_on(connection, row, timeline)
+        self._recorded, self._replayed, self._timeline = recorded, replayed, timeline
 
     async def has_applied(self, item: Item) -> bool:
         """Ask whether an item has been applied, in its turn or as a dead letter.
@@ -211,7 +232,7 @@ class TransactionalTarget:
             TargetUnavailable: the database cannot be used now, or went away; perhaps in the middle
                 of COMMIT. To be called again with the same items, whatever became of them.
             TransactionBroken: the handler ended the transaction, or left it failed.
-            ProgressUnfit: the table's row belongs to another cluster by now.
+            ProgressUnfit: the table's row belongs to another cluster or timeline by now.
             SetupError: the database must be changed first.
             Exception: what the handler raised, or the database at COMMIT; all is rolled back.
         """
@@ -270,15 +291,15 @@ class TransactionalTarget:
         except WalstreamError as error:
             raise self._unreachable(error) from None
 
-    async def _prepare(self, connection: AsyncConnection[TupleRow]) -> TupleRow | None:
+    async def _prepare(
+        self, connection: AsyncConnection[TupleRow], timeline: int | None
+    ) -> TupleRow | None:
         """Make what is missing, and read the row."""
-        there = await connection.execute(
-            "SELECT num_nulls(to_regclass('walstream.progress'),"
-            " to_regclass('walstream.replayed')) = 0"
-        )
-        if await there.fetchone() == (False,):
+        there = await connection.execute(_THERE)
+        if await there.fetchone() is None:
             await connection.execute(_CREATE)
-        await connection.execute(self._statements.insert(self._systemid))
+        await connection.execute(_TRY_RIGHTS)
+        await connection.execute(self._statements.insert(self._systemid, timeline))
         durability = await (await connection.execute("SHOW synchronous_commit")).fetchone()
         if durability == ("off",):
             log.warning("target_not_durable", route=self._route, synchronous_commit="off")
@@ -288,11 +309,11 @@ class TransactionalTarget:
         """Read the table's row.
 
         Raises:
-            ProgressUnfit: it belongs to another cluster.
+            ProgressUnfit: it belongs to another cluster, or to another timeline by now.
         """
         if row is None:  # somebody wants to begin anew, and has deleted it in this very moment
             return NOTHING
-        end_lsn, ordinal, systemid = row[:3]
+        end_lsn, ordinal, systemid, timeline = row[:4]
         if systemid != self._systemid:
             message = (
                 f"walstream.progress has recorded positions of the cluster {systemid} for this slot"
@@ -304,7 +325,71 @@ class TransactionalTarget:
                 " the slot or the handler of one of them otherwise"
             )
             raise ProgressUnfit(message, hint=hint)
+        if None not in {timeline, self._timeline} and timeline != self._timeline:
+            message = (
+                f"another process records positions of timeline {timeline} for the route"
+                f" {self._route} by now, and the changes come from timeline {self._timeline}"
+            )
+            raise ProgressUnfit(message, hint=_OLD_PRIMARY)
         return Lsn.parse(end_lsn), ordinal
+
+    def _verify_timeline(
+        self,
+        end_lsn: Lsn,
+        recorded: int | None,
+        timeline: int,
+        history: Sequence[tuple[int, Lsn]],
+    ) -> None:
+        """Make sure that a position on the recorded timeline is one of this timeline too.
+
+        Rows of versions that recorded no timeline are taken as they are.
+
+        Raises:
+            ProgressUnfit: it is not, or nobody knows.
+        """
+        if recorded is None or end_lsn == ZERO:
+            return
+        ends = dict(history)
+        if recorded not in ends:
+            raise self._unknown_timeline(end_lsn, recorded, timeline)
+        if end_lsn > ends[recorded]:
+            raise self._lost_future(end_lsn, recorded, timeline, ends[recorded])
+
+    async def _go_on(
+        self, connection: AsyncConnection[TupleRow], row: TupleRow, timeline: int
+    ) -> None:
+        """Record the timeline that a verified row goes on with, if it is still the same row."""
+        updated = await connection.execute(self._statements.go_on(row, timeline))
+        if not updated.rowcount:
+            raise self._unavailable("another process was quicker", _OTHER_PROCESS)
+
+    def _unknown_timeline(self, end_lsn: Lsn, recorded: int, timeline: int) -> ProgressUnfit:
+        message = (
+            f"walstream.progress has recorded that the route {self._route} came to {end_lsn} on"
+            f" timeline {recorded}, and as far as the server knows its timeline {timeline} does not"
+            " go on from that one: changes could be left out wrongly"
+        )
+        hint = (
+            f"was the source restored to an earlier time? {_TAKE_BACK} the row:"
+            f" {self._statements.delete}. If nothing that was recorded is lost there, instead:"
+            f" {self._statements.set_timeline(timeline)}"
+        )
+        return ProgressUnfit(message, hint=hint)
+
+    def _lost_future(
+        self, end_lsn: Lsn, recorded: int, timeline: int, switch_lsn: Lsn
+    ) -> ProgressUnfit:
+        message = (
+            f"walstream.progress has recorded that the route {self._route} came to {end_lsn} on"
+            f" timeline {recorded}, which the server left at {switch_lsn} for timeline {timeline}:"
+            " what was applied beyond that is not there any more, and changes would be left out"
+            " wrongly"
+        )
+        hint = (
+            "the source was restored to an earlier time, or failed over to a standby that had not"
+            f" received everything. {_TAKE_BACK} the row: {self._statements.delete}"
+        )
+        return ProgressUnfit(message, hint=hint)
 
     def _beyond(self, end_lsn: Lsn, flush_lsn: Lsn) -> ProgressUnfit:
         message = (
@@ -312,16 +397,20 @@ class TransactionalTarget:
             f" the WAL of the cluster ends at {flush_lsn}: changes would be left out wrongly"
         )
         hint = (
-            "was the source restored to an earlier time? Then take back in the target what is not"
-            f" there any more, and delete the row: {self._statements.delete}"
+            f"was the source restored to an earlier time? {_TAKE_BACK} the row:"
+            f" {self._statements.delete}"
         )
         return ProgressUnfit(message, hint=hint)
 
     def _beyond_row(self, row: TupleRow | None, items: Sequence[Item]) -> list[Item]:
+        """Return what the locked row does not cover, and note whose transaction it is."""
+        if row is None:  # somebody has deleted it again
+            raise self._unavailable("another process was quicker", _OTHER_PROCESS)
         self._recorded = self._position(row)
+        self._xid = row[4]
         if not self._replaying:
             return self._beyond_recorded(items)
-        replayed = set() if row is None else {_parse_position(text) for text in row[3]}
+        replayed = {_parse_position(text) for text in row[5]}
         return [item for item in items if position_of(item) not in replayed]
 
     def _beyond_recorded(self, items: Sequence[Item]) -> list[Item]:
@@ -347,10 +436,11 @@ class TransactionalTarget:
         items: list[Item],
         call: Callable[[list[Item], AsyncConnection], Awaitable[None]],
     ) -> list[Item]:
+        self._xid = ""
         with self._asking():
             row = await _ask(connection, self._statements.begin(items))
             if row is None:  # it was deleted
-                insert = self._statements.insert_and_lock(self._systemid, items)
+                insert = self._statements.insert_and_lock(self._systemid, self._timeline, items)
                 row = await _ask(connection, insert)
         items = self._beyond_row(row, items)
         if not items:
@@ -359,20 +449,27 @@ class TransactionalTarget:
             return items
         with self._handling(connection):
             await call(items, connection)
-        with self._noticing_loss(connection):
-            await _ask(connection, self._statements.record_and_commit(items))
+        with self._noticing_loss(connection), _noticing_another_transaction():
+            await _ask(connection, self._statements.record_and_commit(items, self._xid))
         self._note(items)
         return items
 
     async def _roll_back(self, connection: _HandlersAsyncConnection, error: BaseException) -> None:
-        """Leave no transaction behind; give up a connection of which that is not certain."""
+        """Leave no transaction behind; give up a connection of which that is not certain.
+
+        Raises:
+            TransactionBroken: the handler had committed before it raised.
+        """
+        row = None
         try:
             if _can_roll_back(connection, error):
                 with suppress(psycopg.Error):
-                    await _ask(connection, b"ROLLBACK")
+                    row = await _ask(connection, _rollback(self._xid))
         finally:
             if not _is_idle(connection):
                 self._discard(connection)
+        if row == _COMMITTED and not isinstance(error, TransactionBroken):
+            raise _broken(TransactionStatus.IDLE) from error
 
     # The same in a thread
 
@@ -401,10 +498,11 @@ class TransactionalTarget:
         items: list[Item],
         call: Callable[[list[Item], Connection], None],
     ) -> list[Item]:
+        self._xid = ""
         with self._asking():
             row = _ask_in_thread(connection, self._statements.begin(items))
             if row is None:
-                insert = self._statements.insert_and_lock(self._systemid, items)
+                insert = self._statements.insert_and_lock(self._systemid, self._timeline, items)
                 row = _ask_in_thread(connection, insert)
         items = self._beyond_row(row, items)
         if not items:
@@ -413,19 +511,22 @@ class TransactionalTarget:
             return items
         with self._handling(connection):
             call(items, connection)
-        with self._noticing_loss(connection):
-            _ask_in_thread(connection, self._statements.record_and_commit(items))
+        with self._noticing_loss(connection), _noticing_another_transaction():
+            _ask_in_thread(connection, self._statements.record_and_commit(items, self._xid))
         self._note(items)
         return items
 
     def _roll_back_in_thread(self, connection: _HandlersConnection, error: BaseException) -> None:
+        row = None
         try:
             if _can_roll_back(connection, error):
                 with suppress(psycopg.Error):
-                    _ask_in_thread(connection, b"ROLLBACK")
+                    row = _ask_in_thread(connection, _rollback(self._xid))
         finally:
             if not _is_idle(connection):
                 self._discard(connection)
+        if row == _COMMITTED and not isinstance(error, TransactionBroken):
+            raise _broken(TransactionStatus.IDLE) from error
 
     def _conninfo(self) -> str:
         return complete(self._dsn, application_name=self._application_name)
@@ -526,6 +627,11 @@ class TransactionalTarget:
         return TargetUnavailable(message, hint=hint)
 
 
+_COLUMNS: Final = "end_lsn::text, ordinal, system_identifier, timeline"
+_XID: Final = "pg_catalog.txid_current()::text"  # every version has it under this name
+_COMMITTED: Final = ("committed",)
+
+
 class _Statements:
     """The statements about one row, as text: several go to the server in one round trip."""
 
@@ -536,10 +642,7 @@ class _Statements:
             f"DELETE FROM walstream.progress WHERE {row};"  # noqa: S608 - quoted literals
             f" DELETE FROM walstream.replayed WHERE {row}"
         )
-        self.read = (
-            "SELECT end_lsn::text, ordinal, system_identifier"  # noqa: S608
-            f" FROM walstream.progress WHERE {row}"
-        ).encode()
+        self.read = f"SELECT {_COLUMNS} FROM walstream.progress WHERE {row}".encode()  # noqa: S608
         self.replayed = (
             f"SELECT end_lsn::text, ordinal FROM walstream.replayed WHERE {row}"  # noqa: S608
         ).encode()
@@ -547,7 +650,10 @@ class _Statements:
             f"DELETE FROM walstream.replayed WHERE {row} AND (end_lsn, ordinal) <="  # noqa: S608
             f" (SELECT end_lsn, ordinal FROM walstream.progress WHERE {row})"
         ).encode()
-        self._lock = self.read + b" FOR UPDATE"
+        self._lock = (
+            f"SELECT {_COLUMNS}, {_XID} FROM walstream.progress"  # noqa: S608
+            f" WHERE {row} FOR UPDATE"
+        ).encode()
         self._begin = b"BEGIN; " + self._lock
         self._end = f", recorded_at = now() WHERE {row}; COMMIT".encode()
 
@@ -555,23 +661,37 @@ class _Statements:
         """The start of a transaction about these items; it locks and reads the row."""
         return self._begin
 
-    def insert(self, systemid: str) -> bytes:
+    def insert(self, systemid: str, timeline: int | None) -> bytes:
         """Make the row, unless it is there: only what is there can be locked."""
         return (
-            "INSERT INTO walstream.progress (slot, route, system_identifier)"  # noqa: S608
-            f" VALUES ({self._slot}, {self._route}, {_literal(systemid)}) ON CONFLICT DO NOTHING"
+            "INSERT INTO walstream.progress"  # noqa: S608
+            f" (slot, route, system_identifier, timeline) VALUES ({self._slot}, {self._route},"
+            f" {_literal(systemid)}, {_number(timeline)}) ON CONFLICT DO NOTHING"
         ).encode()
 
-    def insert_and_lock(self, systemid: str, _: Sequence[Item]) -> bytes:
-        """Within the transaction that did not find the row."""
-        return self.insert(systemid) + b"; " + self._lock
+    def set_timeline(self, timeline: int) -> str:
+        """Record another timeline, as text."""
+        return f"UPDATE walstream.progress SET timeline = {timeline} WHERE {self._row}"  # noqa: S608
 
-    def record_and_commit(self, items: Sequence[Item]) -> bytes:
-        """The end of a transaction."""
+    def go_on(self, row: TupleRow, timeline: int) -> bytes:
+        """Record another timeline in a row that was read, unless it is another one by now."""
+        end_lsn, ordinal, _, recorded = row
+        return (
+            f"{self.set_timeline(timeline)}"
+            f" AND (end_lsn, ordinal) = ('{end_lsn}', {ordinal})"
+            f" AND timeline IS NOT DISTINCT FROM {_number(recorded)}"
+        ).encode()
+
+    def insert_and_lock(self, systemid: str, timeline: int | None, _: Sequence[Item]) -> bytes:
+        """Within the transaction that did not find the row."""
+        return self.insert(systemid, timeline) + b"; " + self._lock
+
+    def record_and_commit(self, items: Sequence[Item], xid: str) -> bytes:
+        """The end of a transaction; it fails in another one than that which was begun."""
         end_lsn, ordinal = position_of(items[-1])
-        return b"UPDATE walstream.progress SET end_lsn = '%b', ordinal = %d%b" % (
+        return b"UPDATE walstream.progress SET end_lsn = '%b', ordinal = %b%b" % (
             str(end_lsn).encode(),
-            ordinal,
+            _only_in(xid, ordinal).encode(),
             self._end,
         )
 
@@ -592,14 +712,15 @@ class _ReplayStatements(_Statements):
         """As for the daemon; the row comes with the positions that are recorded as replayed."""
         return b"BEGIN; " + self._lock + b"; " + self._read_with_replayed(items)
 
-    def insert_and_lock(self, systemid: str, items: Sequence[Item]) -> bytes:
+    def insert_and_lock(self, systemid: str, timeline: int | None, items: Sequence[Item]) -> bytes:
         """Within the transaction that did not find the row."""
-        return super().insert_and_lock(systemid, items) + b"; " + self._read_with_replayed(items)
+        locked = super().insert_and_lock(systemid, timeline, items)
+        return locked + b"; " + self._read_with_replayed(items)
 
-    def record_and_commit(self, items: Sequence[Item]) -> bytes:
-        """The end of a transaction."""
+    def record_and_commit(self, items: Sequence[Item], xid: str) -> bytes:
+        """The end of a transaction; it fails in another one than that which was begun."""
         values = ", ".join(
-            f"({self._slot}, {self._route}, '{end_lsn}', {ordinal})"
+            f"({self._slot}, {self._route}, '{end_lsn}', {_only_in(xid, ordinal)})"
             for end_lsn, ordinal in map(position_of, items)
         )
         return (
@@ -611,10 +732,24 @@ class _ReplayStatements(_Statements):
         """Read with a snapshot of its own: what was committed while it waited for the lock."""
         values = _values(map(position_of, items))
         return (
-            "SELECT end_lsn::text, ordinal, system_identifier, ARRAY("  # noqa: S608
+            f"SELECT {_COLUMNS}, {_XID}, ARRAY("  # noqa: S608
             f"SELECT end_lsn || ':' || ordinal FROM walstream.replayed WHERE {self._row}"
             f" AND (end_lsn, ordinal) IN ({values})) FROM walstream.progress WHERE {self._row}"
         ).encode()
+
+
+def _only_in(xid: str, ordinal: int) -> str:
+    """Null, which the table does not take, in a transaction that the handler has begun."""
+    return f"CASE WHEN {_XID} = '{xid}' THEN {ordinal} END"
+
+
+def _rollback(xid: str) -> bytes:
+    """Roll back, and ask what became of the transaction that was begun for the handler."""
+    return f"ROLLBACK; SELECT pg_catalog.txid_status({xid})".encode() if xid else b"ROLLBACK"
+
+
+def _number(value: int | None) -> str:
+    return "NULL" if value is None else str(value)
 
 
 def _values(positions: Iterable[Position]) -> str:
@@ -641,6 +776,17 @@ def _ask_in_thread(connection: Connection[TupleRow], statements: bytes) -> Tuple
     while cursor.nextset():
         pass
     return cursor.fetchone() if cursor.description else None
+
+
+@contextmanager
+def _noticing_another_transaction() -> Iterator[None]:
+    """Translate what recording says in a transaction that the handler has begun."""
+    try:
+        yield
+    except psycopg.errors.NotNullViolation as error:
+        if (error.diag.schema_name, error.diag.column_name) == ("walstream", "ordinal"):
+            raise _broken(TransactionStatus.IDLE) from None
+        raise
 
 
 def _is_idle(connection: BaseConnection[TupleRow]) -> bool:
@@ -691,15 +837,39 @@ _OTHER_PROCESS: Final = (
     "it works on the same slot and route, or is stuck there; the table must be left to walstream"
 )
 
+_OLD_PRIMARY: Final = (
+    "the server failed over or was restored, and this process streams from the one that was left:"
+    " stop it, and that server"
+)
+_TAKE_BACK: Final = (
+    "Then take back in the target what is not there any more, bring over what is missing, and"
+    " delete"
+)
+
 _PROGRESS: Final = (
     "slot text, route text, system_identifier text NOT NULL,"
     " end_lsn pg_lsn NOT NULL DEFAULT '0/0', ordinal bigint NOT NULL DEFAULT 0,"
-    " recorded_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (slot, route)"
+    " recorded_at timestamptz NOT NULL DEFAULT now(), timeline int, PRIMARY KEY (slot, route)"
 )
 _REPLAYED: Final = (
     "slot text, route text, end_lsn pg_lsn, ordinal bigint,"
     " replayed_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (slot, route, end_lsn, ordinal)"
 )
+_ADD_TIMELINE: Final = "ALTER TABLE walstream.progress ADD COLUMN IF NOT EXISTS timeline int"
+"""Tables of versions that did not record it have no such column."""
+
+_THERE: Final = b"""
+    SELECT FROM pg_attribute
+     WHERE attrelid = to_regclass('walstream.progress') AND attname = 'timeline'
+       AND to_regclass('walstream.replayed') IS NOT NULL"""
+_TRY_RIGHTS: Final = b"""
+    UPDATE walstream.progress SET end_lsn = '0/0', ordinal = 0, recorded_at = now(), timeline = NULL
+     WHERE false;
+    INSERT INTO walstream.replayed (slot, route, end_lsn, ordinal)
+    SELECT '', '', '0/0', 0 WHERE false;
+    DELETE FROM walstream.replayed WHERE false"""
+"""Whether the role may do what comes later is asked of the server for no row at all."""
+
 _CREATE: Final = f"""
 DO $$
 BEGIN
@@ -710,13 +880,14 @@ BEGIN
         CREATE SCHEMA walstream;
     END IF;
     CREATE TABLE IF NOT EXISTS walstream.progress ({_PROGRESS});
+    {_ADD_TIMELINE};
     CREATE TABLE IF NOT EXISTS walstream.replayed ({_REPLAYED});
 END
 $$""".encode()
 _GRANT: Final = (
     "let the owner of the database run sql/06_progress.sql, or: CREATE SCHEMA IF NOT EXISTS"
-    f" walstream; CREATE TABLE IF NOT EXISTS walstream.progress ({_PROGRESS}); CREATE TABLE IF NOT"
-    f" EXISTS walstream.replayed ({_REPLAYED}); GRANT USAGE ON SCHEMA walstream TO <role>; GRANT"
-    " SELECT, INSERT, UPDATE ON walstream.progress TO <role>; GRANT SELECT, INSERT, DELETE ON"
-    " walstream.replayed TO <role>"
+    f" walstream; CREATE TABLE IF NOT EXISTS walstream.progress ({_PROGRESS}); {_ADD_TIMELINE};"
+    f" CREATE TABLE IF NOT EXISTS walstream.replayed ({_REPLAYED});"
+    " GRANT USAGE ON SCHEMA walstream TO <role>; GRANT SELECT, INSERT, UPDATE ON walstream.progress"
+    " TO <role>; GRANT SELECT, INSERT, DELETE ON walstream.replayed TO <role>"
 )

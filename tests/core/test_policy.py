@@ -54,7 +54,7 @@ def test_without_a_delay_the_pause_is_the_routes() -> None:
 
 @pytest.mark.parametrize("delay", [-1, -0.001, math.nan])
 def test_a_delay_is_no_negative_time(delay: float) -> None:
-    with pytest.raises(ValueError, match="0 seconds or more"):
+    with pytest.raises(ValueError, match="a number of seconds, 0 or more"):
         Retry(delay_seconds=delay)
 
 

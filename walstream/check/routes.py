@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -23,6 +23,7 @@ from walstream.check.findings import (
 )
 from walstream.check.site import Site
 from walstream.config import RouteSpec
+from walstream.destinations import Handler
 from walstream.errors import WalstreamError
 from walstream.filters import columns
 from walstream.grammar import And, Comparison, Filter, Not, Or
@@ -31,8 +32,10 @@ from walstream.preflight import verify_route
 from walstream.router import Route
 
 
-async def check_routes(site: Site, specs: Sequence[tuple[str, RouteSpec]]) -> list[Finding]:
-    """Look at each route, and at each table that it covers."""
+async def check_routes(
+    site: Site, specs: Sequence[tuple[str, RouteSpec]], handlers: Mapping[str, Handler]
+) -> list[Finding]:
+    """Look at each route, at its handler if it has one, and at each table that it covers."""
     if not specs:
         nothing = warning(
             "nothing is routed anywhere",
@@ -42,16 +45,18 @@ async def check_routes(site: Site, specs: Sequence[tuple[str, RouteSpec]]) -> li
     return [
         Finding.of("routes", f"{name}: {spec.table}", outcome)
         for name, spec in specs
-        for outcome in await _check_route(site, name, spec)
+        for outcome in await _check_route(site, name, spec, handlers.get(name))
     ]
 
 
-async def _check_route(site: Site, name: str, spec: RouteSpec) -> list[Outcome]:
+async def _check_route(
+    site: Site, name: str, spec: RouteSpec, handler: Handler | None
+) -> list[Outcome]:
     lacking = site.lacks("catalog")
     if lacking:
         return [skipped(lacking)]
     try:
-        route = spec.route(name, None, site.masking_key)
+        route = spec.route(name, handler, site.masking_key)
         await verify_route(site.catalog, route)
         tables = await _covered(site.catalog, route)
     except WalstreamError as error:

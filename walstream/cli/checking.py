@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Annotated, Final
@@ -18,7 +19,8 @@ from walstream import logs
 from walstream.check import Finding, Report, Status
 from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.streaming import load_app
-from walstream.config import Config, RouteSpec
+from walstream.config import Config, MessageSpec, RouteSpec
+from walstream.destinations import Handler
 
 _STYLES: Final = {
     Status.OK: "green",
@@ -58,7 +60,15 @@ def check(
     settings = load_config(config, dsn)
     logs.configure("warning", settings.log.format)
     tell_ignored_environment()
-    report = asyncio.run(checks.check(settings, _routes(settings, app or settings.handlers.app)))
+    app = app or settings.handlers.app
+    handlers = load_app(app).handlers if app else []
+    report = asyncio.run(
+        checks.check(
+            settings,
+            _routes(settings, handlers),
+            {handler.name: handler for _, handler in handlers},
+        )
+    )
     if json:
         typer.echo(report.to_json())
     else:
@@ -66,12 +76,15 @@ def check(
     raise typer.Exit(report.exit_code)
 
 
-def _routes(settings: Config, app: str | None) -> list[tuple[str, RouteSpec]]:
-    handlers = load_app(app).handlers if app else []
+def _routes(
+    settings: Config, handlers: Sequence[tuple[RouteSpec | MessageSpec, Handler]]
+) -> list[tuple[str, RouteSpec]]:
     routes: list[tuple[str, RouteSpec]] = [
         (handler.name, spec) for spec, handler in handlers if isinstance(spec, RouteSpec)
     ]
-    return routes + [(f"routes[{place}]", spec) for place, spec in enumerate(settings.routes)]
+    return routes + [
+        (spec.name or f"routes[{place}]", spec) for place, spec in enumerate(settings.routes)
+    ]
 
 
 def _show(report: Report) -> None:

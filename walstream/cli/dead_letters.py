@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -404,9 +403,17 @@ def _key_values(text: str) -> list[bytes]:
     """Return all that a key given by hand can mean."""
     plain = {"all rows": WHOLE_TABLE, "no key": NO_KEY}.get(text, text.encode())
     values = [plain, b"[%b]" % text.encode(), msgspec.json.encode([text])]
-    with contextlib.suppress(ValueError):
-        values.append(msgspec.json.encode(json.loads(text)))  # without spaces
+    with contextlib.suppress(msgspec.DecodeError):
+        parts = msgspec.json.decode(text, type=list[msgspec.Raw])
+        values.append(b"[%b]" % b",".join(map(_compact, parts)))
     return values
+
+
+def _compact(value: msgspec.Raw) -> bytes:
+    """Write a value as walstream does: without spaces and needless escapes, numbers as they are."""
+    if bytes(value).startswith(b'"'):
+        return msgspec.json.encode(msgspec.json.decode(value))
+    return msgspec.json.format(bytes(value), indent=-1)
 
 
 def _time(option: str, text: str | None) -> datetime | None:
@@ -500,7 +507,7 @@ def _print_list(letters: Sequence[StoredLetter], count: int) -> None:
         typer.echo("no dead letters")
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("id", "route", "change", "key", "attempts", "error", "time"):
+    for name in ("id", "route", "change", "key", "attempts", "error", "time (UTC)"):
         table.add_column(name, overflow="fold", justify="right" if name == "attempts" else "left")
     for stored in letters:
         letter = stored.letter

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from walstream import logs
+from walstream.assembly import make_router
 from walstream.changes import Change, Message
 from walstream.cli.options import ConfigFile, Dsn, load_config
 from walstream.cli.routing import App, load_handlers, print_counts
 from walstream.errors import UsageError
-from walstream.explain import Explained, explain_recording, explain_slot, make_router
+from walstream.explain import Explained, explain_recording, explain_slot
 from walstream.router import Explanation, TablePattern
 
 
@@ -64,18 +65,12 @@ def explain(  # noqa: PLR0913 - the options of a command
     """
     settings = load_config(config, dsn)
     logs.configure("warning", settings.log.format)
-    handlers = load_handlers(settings, app)
-    router = make_router(settings, handlers)
+    router = make_router(settings, load_handlers(settings, app))
     patterns = _patterns(table or [])
     found = (
         explain_recording(recording, router)
         if recording is not None
-        else explain_slot(
-            settings,
-            router,
-            limit=limit,
-            everything=any(handler.options.transactional for _, handler in handlers),
-        )
+        else explain_slot(settings, router, limit=limit)
     )
     show = _json_printer(rows=rows) if json else _text_printer(rows=rows)
     looked_at = asyncio.run(_show(found, limit, patterns, only, show))

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from walstream.assembly import Attached
 from walstream.cli.streaming import load_app
-from walstream.config import Config, MessageSpec, RouteSpec
-from walstream.destinations import Handler
+from walstream.config import Config
 from walstream.router import Router
 
 App = Annotated[
@@ -21,9 +21,7 @@ App = Annotated[
 ]
 
 
-def load_handlers(
-    settings: Config, app: str | None
-) -> Sequence[tuple[RouteSpec | MessageSpec, Handler]]:
+def load_handlers(settings: Config, app: str | None) -> Sequence[Attached]:
     """Import the handlers, which are not called.
 
     Raises:

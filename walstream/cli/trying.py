@@ -13,11 +13,11 @@ import msgspec
 import typer
 
 from walstream import logs
+from walstream.assembly import make_router
 from walstream.changes import Change, Message
 from walstream.cli.options import ConfigFile, load_config
 from walstream.cli.routing import App, load_handlers, print_counts
 from walstream.errors import EX_DATAERR, EX_OK, UsageError
-from walstream.explain import make_router
 from walstream.recording import Recording, replay
 from walstream.router import MessageRoute, Route, Router
 

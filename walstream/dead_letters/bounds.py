@@ -13,8 +13,10 @@ from walstream.keys import WHOLE_TABLE
 class Room:
     """Counts letters and bytes against their bounds, without asking the store for every letter.
 
-    What is counted is never less than what is there: of two processes that use a store for a slot
-    only the daemon adds letters. When the count reaches a bound, the store is measured again.
+    Of two processes that use a store for a slot only the daemon adds letters, so there are never
+    more than are counted. When the count reaches a bound, the store is measured again. Errors and
+    tracebacks of letters that are here already are not refused: those of this process are counted,
+    those that a replay writes when it is measured again (`letters.TEXT_BYTES` bounds each).
     """
 
     def __init__(self, max_letters: int, max_bytes: int) -> None:
@@ -36,6 +38,10 @@ class Room:
             return False
         self._letters, self._bytes = more
         return True
+
+    def grown(self, size_bytes: int) -> None:
+        """Count bytes that letters which are here already have got."""
+        self._bytes += size_bytes
 
     def full(self, letters: int, size_bytes: int) -> DeadLettersFull:
         """Say that there is no room for so many more."""
@@ -65,7 +71,11 @@ def new_letters(letters: Sequence[DeadLetter], here: Collection[Identity]) -> li
 
 
 def letters_to_park(
-    letters: Sequence[DeadLetter], here: Collection[Identity], held_up: Collection[int]
+    letters: Sequence[DeadLetter],
+    here: Collection[Identity],
+    held_up: Collection[int],
+    *,
+    together: bool,
 ) -> tuple[list[DeadLetter], list[bool]]:
     """Return those to be stored, and what `DeadLetterStore.park` returns.
 
@@ -73,7 +83,10 @@ def letters_to_park(
         letters: what it is given.
         here: which of them the store has.
         held_up: the places of those that a letter in the store holds up.
+        together: all are stored when one is here or held up.
     """
+    if together and (held_up or any(letter.identity in here for letter in letters)):
+        held_up = range(len(letters))
     new: dict[Identity, DeadLetter] = {}
     those_of_this_call = HeldUp()
     is_here = []

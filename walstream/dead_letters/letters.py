@@ -21,6 +21,11 @@ from walstream.values import Types
 
 PAYLOAD_VERSION: Final = 1
 
+TEXT_BYTES: Final = 16 << 10
+"""What is kept of an error or a traceback."""
+
+_CUT: Final = b"\n[...]\n"
+
 Position: TypeAlias = tuple[Lsn, int]
 """Where in the stream a change stands: these compare in the order in which changes come."""
 
@@ -77,10 +82,26 @@ class DeadLetter(msgspec.Struct, frozen=True):
         """What counts against the bound on a store's size: about what it takes there."""
         return (
             len(self.payload)
-            + len(self.error)
-            + len(self.traceback)
+            + len(storable(self.error).encode())
+            + len(storable(self.traceback).encode())
             + sum(len(values) for _, values in self.keys)
         )
+
+    def __repr__(self) -> str:
+        """Print what is safe to log."""
+        return f"DeadLetter({self.route} {self.change_id})"
+
+
+def storable(text: str) -> str:
+    """Return what is kept of an error or a traceback, in its place what a database cannot hold.
+
+    That is NUL, and what is no Unicode text. A long one is cut in its middle to `TEXT_BYTES`.
+    """
+    kept = text.encode("utf-8", "replace").replace(b"\0", "\N{REPLACEMENT CHARACTER}".encode())
+    if len(kept) > TEXT_BYTES:
+        half = (TEXT_BYTES - len(_CUT)) // 2
+        kept = kept[:half] + _CUT + kept[-half:]
+    return kept.decode(errors="ignore")
 
 
 def position_of(change_id: str) -> Position:

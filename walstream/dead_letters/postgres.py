@@ -12,6 +12,7 @@ another one.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -25,21 +26,22 @@ from psycopg.rows import TupleRow
 
 from walstream import postgres
 from walstream.dead_letters.bounds import Room, letters_to_park, new_letters
-from walstream.dead_letters.letters import DeadLetter, Identity
+from walstream.dead_letters.letters import DeadLetter, Identity, storable
 from walstream.dead_letters.rows import (
     COLUMNS,
     INSERTED,
     INSERTED_COUNT,
     Dialect,
     inserted_values,
-    storable,
     stored_letter,
+    text_bytes,
     tried_values,
     where,
 )
 from walstream.dead_letters.store import LetterQuery, StoredLetter, Verify, replay_runs
 from walstream.errors import (
     AccessRefused,
+    ConfigError,
     DatabaseUnfit,
     DeadLetterStoreFailed,
     SetupError,
@@ -74,6 +76,7 @@ class PostgresStore:
         schema: str = "walstream",
         application_name: str = "walstream",
     ) -> None:
+        _verify_schema(schema)
         self._dsn = dsn
         self._slot = slot
         self._schema = schema
@@ -82,7 +85,7 @@ class PostgresStore:
         self._one_at_a_time = asyncio.Lock()
         self._connection: _Connection | None = None
         self._dialect = Dialect(
-            keys=self._named("{keys}"),
+            keys="{keys}",  # named with the rest of the statement
             mark="%s",
             within="= ANY(%s)",
             find="strpos",
@@ -128,13 +131,13 @@ class PostgresStore:
 
         await self._run(add)
 
-    async def park(self, letters: Sequence[DeadLetter]) -> list[bool]:
+    async def park(self, letters: Sequence[DeadLetter], *, together: bool = False) -> list[bool]:
         """See `DeadLetterStore`."""
 
         async def park(connection: _Connection) -> list[bool]:
             here = await self._come_again(connection, letters)
             held_up = await self._held_up(connection, letters)
-            new, is_here = letters_to_park(letters, here, held_up)
+            new, is_here = letters_to_park(letters, here, held_up, together=together)
             await self._insert(connection, new)
             return is_here
 
@@ -145,7 +148,7 @@ class PostgresStore:
         conditions, parameters = where(query, self._slot, self._dialect)
         wide = "payload, traceback" if payloads else "''::bytea, ''"
         rows = await self._rows(_SELECT.replace("{wide}", wide) + conditions, parameters)
-        return [stored_letter(row) for row in rows]
+        return [stored_letter(row, lambda time: time.astimezone(UTC)) for row in rows]
 
     async def count(self, query: LetterQuery) -> int:
         """See `DeadLetterStore`."""
@@ -167,10 +170,9 @@ class PostgresStore:
         deliveries = [stored.deliveries for stored in letters]
 
         async def settle(connection: _Connection) -> list[bool]:
-            await self._execute(connection, _SETTLE, [ids, deliveries, self._slot])
-            found = await self._execute(connection, _IS_HERE, [self._slot, ids])
-            here = {letter_id for (letter_id,) in await found.fetchall()}
-            return [letter_id not in here for letter_id in ids]
+            found = await self._execute(connection, _SETTLE, [ids, deliveries, self._slot])
+            removed = {letter_id for (letter_id,) in await found.fetchall()}
+            return [letter_id in removed for letter_id in ids]
 
         return await self._run(settle)
 
@@ -209,8 +211,9 @@ class PostgresStore:
         self, letter_id: int, *, attempts: int, error: str, traceback: str, at: datetime
     ) -> bool:
         """See `DeadLetterStore`."""
-        failed = [attempts, storable(error), storable(traceback), at, at, self._slot, letter_id]
-        return await self._change(_FAILED, failed) > 0
+        failed = [attempts, storable(error), storable(traceback), at, at]
+        size_bytes = text_bytes(error, traceback)
+        return await self._change(_FAILED, [*failed, size_bytes, self._slot, letter_id]) > 0
 
     # ---- Tables
 
@@ -294,19 +297,14 @@ class PostgresStore:
         return {place for (place,) in await found.fetchall()}
 
     async def _note_tried(self, connection: _Connection, letters: Sequence[DeadLetter]) -> None:
+        rows = []
+        for letter in letters:
+            size_bytes = text_bytes(letter.error, letter.traceback)
+            tried = tried_values(letter, self._dialect)
+            rows.append([*tried, size_bytes, self._slot, *letter.identity])
+            self._room.grown(size_bytes)
         async with connection.cursor() as cursor:
-            await cursor.executemany(
-                self._named(_TRIED).encode(),
-                [
-                    [
-                        *tried_values(letter, self._dialect),
-                        self._slot,
-                        letter.route,
-                        letter.change_id,
-                    ]
-                    for letter in letters
-                ],
-            )
+            await cursor.executemany(self._named(_TRIED).encode(), rows)
 
     async def _insert(self, connection: _Connection, letters: Sequence[DeadLetter]) -> None:
         if not letters:
@@ -367,11 +365,11 @@ class PostgresStore:
         return await connection.execute(self._named(statement).encode(), parameters)
 
     def _named(self, statement: str) -> str:
-        """Put the tables' names into a statement."""
+        """Put the tables' names into a statement, at once: a schema's may look like a mark."""
         schema = self._quoted(self._schema).replace("%", "%%")
-        for mark, name in _TABLES.items():
-            statement = statement.replace(mark, f"{schema}.{name}")
-        return statement.replace("{schema}", schema)
+        names = {mark: f"{schema}.{name}" for mark, name in _TABLES.items()}
+        names["{schema}"] = schema
+        return _MARK.sub(lambda mark: names[mark[0]], statement)
 
     @staticmethod
     def _quoted(name: str) -> str:
@@ -428,11 +426,23 @@ class PostgresStore:
         return DeadLetterStoreFailed(message, hint=hint)
 
 
+def _verify_schema(name: str) -> None:
+    if "\0" in name or not 0 < len(name.encode(errors="replace")) <= _MAX_NAME_BYTES:
+        problem = (
+            f"dead_letters.schema: found {name!r}; a name in Postgres has 1 to {_MAX_NAME_BYTES}"
+            " bytes and no NUL"
+        )
+        raise ConfigError([problem])
+
+
+_MAX_NAME_BYTES: Final = 63
+
 _TABLES: Final = {
     "{letters}": "dead_letters",
     "{keys}": "dead_letter_keys",
     "{version}": "dead_letters_version",
 }
+_MARK: Final = re.compile(r"\{(letters|keys|version|schema)\}")
 
 # Locks wait for lock_timeout, too. Settings of the role or the database must not change what names
 # mean, or what COMMIT promises.
@@ -564,14 +574,16 @@ _SIZE: Final = """
 _TRIED: Final = """
     UPDATE {letters}
        SET attempts = %s, error = %s, traceback = %s, first_failed_at = %s, last_failed_at = %s,
-           size_bytes = %s, parked = false
+           size_bytes = size_bytes + %s - octet_length(error) - octet_length(traceback),
+           parked = false
      WHERE slot = %s AND route = %s AND change_id = %s AND parked
 """
 
 _FAILED: Final = """
     UPDATE {letters}
        SET attempts = %s, error = %s, traceback = %s,
-           first_failed_at = coalesce(first_failed_at, %s), last_failed_at = %s, parked = false
+           first_failed_at = coalesce(first_failed_at, %s), last_failed_at = %s, parked = false,
+           size_bytes = size_bytes + %s - octet_length(error) - octet_length(traceback)
      WHERE slot = %s AND id = %s
 """
 
@@ -591,6 +603,5 @@ _SETTLE: Final = """
     DELETE FROM {letters} AS l
      USING unnest(%s::bigint[], %s::int[]) AS delivered (id, deliveries)
      WHERE l.slot = %s AND l.id = delivered.id AND l.deliveries = delivered.deliveries
+ RETURNING l.id
 """
-
-_IS_HERE: Final = "SELECT id FROM {letters} WHERE slot = %s AND id = ANY(%s)"

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from walstream.changes import Operation, Relation
-from walstream.dead_letters.letters import DeadLetter
+from walstream.dead_letters.letters import DeadLetter, storable
 from walstream.dead_letters.store import LetterQuery, StoredLetter
 from walstream.keys import Key
 from walstream.lsn import Lsn
@@ -19,7 +19,7 @@ MESSAGE: Final = "message"
 
 COLUMNS: Final = """
     id, route, change_id, operation, relation_schema, relation_name, keys, attempts, error, parked,
-    first_failed_at, last_failed_at, stored_at, deliveries
+    first_failed_at, last_failed_at, stored_at, deliveries, size_bytes
 """
 
 INSERTED: Final = """
@@ -86,11 +86,6 @@ def _conditions(query: LetterQuery, dialect: Dialect) -> Iterator[Condition]:  #
         yield "(lsn, ordinal, id) > (?, ?, ?)", (dialect.lsn(lsn), ordinal, letter_id)
 
 
-def storable(text: str) -> str:
-    """Replace what the databases' texts cannot hold: NUL, and what is no Unicode text."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
 def inserted_values(letter: DeadLetter, slot: str, dialect: Dialect) -> list[object]:
     """Return the values of the `INSERTED` columns."""
     lsn, ordinal = letter.position
@@ -106,6 +101,7 @@ def inserted_values(letter: DeadLetter, slot: str, dialect: Dialect) -> list[obj
         None if relation is None else relation.name,
         _keys_to_json(letter.keys),
         *tried_values(letter, dialect),
+        letter.size_bytes,
         letter.parked,
         dialect.time(letter.stored_at),
         letter.payload,
@@ -113,10 +109,15 @@ def inserted_values(letter: DeadLetter, slot: str, dialect: Dialect) -> list[obj
 
 
 def tried_values(letter: DeadLetter, dialect: Dialect) -> list[object]:
-    """Return attempts, error, traceback, first_failed_at, last_failed_at and size_bytes."""
+    """Return attempts, error, traceback, first_failed_at and last_failed_at."""
     at = None if letter.first_failed_at is None else dialect.time(letter.first_failed_at)
     error, traceback = storable(letter.error), storable(letter.traceback)
-    return [letter.attempts, error, traceback, at, at, letter.size_bytes]
+    return [letter.attempts, error, traceback, at, at]
+
+
+def text_bytes(*texts: str) -> int:
+    """Return what errors and tracebacks count as, as they are stored."""
+    return sum(len(storable(text).encode()) for text in texts)
 
 
 def stored_letter(
@@ -136,11 +137,12 @@ def stored_letter(
             parked=bool(row[9]),
             first_failed_at=None if row[10] is None else time(row[10]),
             stored_at=time(row[12]),
-            payload=row[14],
-            traceback=row[15],
+            payload=row[15],
+            traceback=row[16],
         ),
         last_failed_at=None if row[11] is None else time(row[11]),
         deliveries=row[13],
+        size_bytes=row[14],
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import sqlite3
 import stat
 import time
@@ -21,17 +22,18 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
+import structlog
 
 from walstream.dead_letters.bounds import Room, letters_to_park, new_letters
-from walstream.dead_letters.letters import DeadLetter, Identity
+from walstream.dead_letters.letters import DeadLetter, Identity, storable
 from walstream.dead_letters.rows import (
     COLUMNS,
     INSERTED,
     INSERTED_COUNT,
     Dialect,
     inserted_values,
-    storable,
     stored_letter,
+    text_bytes,
     tried_values,
     where,
 )
@@ -39,6 +41,8 @@ from walstream.dead_letters.store import LetterQuery, StoredLetter, Verify, repl
 from walstream.errors import DeadLetterStoreFailed
 from walstream.keys import WHOLE_TABLE, Key
 from walstream.worker import Worker
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.dead_letters")
 
 T = TypeVar("T")
 
@@ -79,9 +83,9 @@ class SqliteStore:
         """See `DeadLetterStore`."""
         await self._call(self._add, letters)
 
-    async def park(self, letters: Sequence[DeadLetter]) -> list[bool]:
+    async def park(self, letters: Sequence[DeadLetter], *, together: bool = False) -> list[bool]:
         """See `DeadLetterStore`."""
-        return await self._call(self._park, letters)
+        return await self._call(self._park, letters, together)
 
     async def select(self, query: LetterQuery, *, payloads: bool = True) -> list[StoredLetter]:
         """See `DeadLetterStore`."""
@@ -122,7 +126,10 @@ class SqliteStore:
     ) -> bool:
         """See `DeadLetterStore`."""
         failed = [attempts, storable(error), storable(traceback), _time(at), _time(at)]
-        changed = await self._call(self._change, _FAILED, [*failed, self._slot, letter_id])
+        size_bytes = text_bytes(error, traceback)
+        changed = await self._call(
+            self._change, _FAILED, [*failed, size_bytes, self._slot, letter_id]
+        )
         return changed > 0
 
     # ---- In the worker's thread
@@ -133,7 +140,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise self._failed(error) from error
         except OSError as error:
-            message = f"the dead letters in {self.path}: {error.strerror}"
+            message = f"the dead letters in {error.filename or self.path}: {error.strerror}"
             hint = "see to the file and its folder, or set dead_letters.path"
             raise DeadLetterStoreFailed(message, hint=hint) from error
 
@@ -178,6 +185,7 @@ class SqliteStore:
             if not stat.S_ISREG(self.path.stat().st_mode):
                 message = f"the dead letters cannot be in {self.path}: it is not a regular file"
                 raise DeadLetterStoreFailed(message, hint="set dead_letters.path to a file's")
+            self._tell_readable()
             return
         if not create:
             message = f"there is no file of dead letters at {self.path}"
@@ -195,6 +203,16 @@ class SqliteStore:
             hint = "make it, or set dead_letters.path"
             raise DeadLetterStoreFailed(message, hint=hint) from None
         _sync_directory(self.path.parent)
+
+    def _tell_readable(self) -> None:
+        mode = stat.S_IMODE(self.path.stat().st_mode)
+        if mode & (stat.S_IRGRP | stat.S_IROTH):
+            log.warning(
+                "dead_letters_readable",
+                path=str(self.path),
+                mode=f"{mode:04o}",
+                hint=f"letters hold rows: chmod 600 {shlex.quote(str(self.path))}",
+            )
 
     def _prepare_patiently(self, connection: sqlite3.Connection) -> None:
         """Prepare the file; while another process does that too, try again.
@@ -274,11 +292,13 @@ class SqliteStore:
             here = self._come_again(connection, letters)
             for letter in letters:
                 if letter.identity in here and not letter.parked:
-                    tried = tried_values(letter, _DIALECT)
+                    size_bytes = text_bytes(letter.error, letter.traceback)
+                    tried = [*tried_values(letter, _DIALECT), size_bytes]
                     connection.execute(_TRIED, [*tried, self._slot, *letter.identity])
+                    self._room.grown(size_bytes)
             self._insert(connection, new_letters(letters, here))
 
-    def _park(self, letters: Sequence[DeadLetter]) -> list[bool]:
+    def _park(self, letters: Sequence[DeadLetter], together: bool) -> list[bool]:  # noqa: FBT001 - called by the worker
         with self._writing() as connection:
             here = self._come_again(connection, letters)
             held_up = {
@@ -286,7 +306,7 @@ class SqliteStore:
                 for place, letter in enumerate(letters)
                 if self._is_held_up(connection, letter)
             }
-            new, is_here = letters_to_park(letters, here, held_up)
+            new, is_here = letters_to_park(letters, here, held_up, together=together)
             self._insert(connection, new)
         return is_here
 
@@ -329,16 +349,13 @@ class SqliteStore:
 
     def _settle(self, letters: Sequence[StoredLetter]) -> list[bool]:
         with self._writing() as connection:
-            for stored in letters:
-                connection.execute(_SETTLE, [self._slot, stored.id, stored.deliveries])
             return [
-                not connection.execute(_IS_HERE, [self._slot, stored.id]).fetchall()
+                connection.execute(_SETTLE, [self._slot, stored.id, stored.deliveries]).rowcount > 0
                 for stored in letters
             ]
 
     def _lock(self) -> int:
-        path = self.path.with_name(f"{self.path.name}-replay-{self._slot}")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = self._open_lock()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -347,6 +364,22 @@ class SqliteStore:
         except BaseException:
             os.close(descriptor)
             raise
+        return descriptor
+
+    def _open_lock(self) -> int:
+        """Open the lock's file; one that root makes belongs to the owner of the letters.
+
+        Only a file that is new is given away: another one may be a link to any file there is.
+        """
+        path = self.path.with_name(f"{self.path.name}-replay-{self._slot}")
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return os.open(path, flags)
+        if os.geteuid() == 0:
+            owner = self.path.stat()
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
         return descriptor
 
 
@@ -494,14 +527,18 @@ _CAME_AGAIN: Final = """
 _TRIED: Final = """
     UPDATE letters
        SET attempts = ?, error = ?, traceback = ?, first_failed_at = ?, last_failed_at = ?,
-           size_bytes = ?, parked = 0
+           size_bytes = size_bytes + ? - length(CAST(error AS BLOB))
+                                       - length(CAST(traceback AS BLOB)),
+           parked = 0
      WHERE slot = ? AND route = ? AND change_id = ? AND parked
 """
 
 _FAILED: Final = """
     UPDATE letters
        SET attempts = ?, error = ?, traceback = ?, first_failed_at = coalesce(first_failed_at, ?),
-           last_failed_at = ?, parked = 0
+           last_failed_at = ?, parked = 0,
+           size_bytes = size_bytes + ? - length(CAST(error AS BLOB))
+                                       - length(CAST(traceback AS BLOB))
      WHERE slot = ? AND id = ?
 """
 
@@ -514,5 +551,3 @@ _INSERT_KEY: Final = """
 _DROP: Final = "DELETE FROM letters WHERE slot = ? AND id IN (SELECT value FROM json_each(?))"
 
 _SETTLE: Final = "DELETE FROM letters WHERE slot = ? AND id = ? AND deliveries = ?"
-
-_IS_HERE: Final = "SELECT 1 FROM letters WHERE slot = ? AND id = ?"

@@ -35,13 +35,14 @@ class StoredLetter(msgspec.Struct, frozen=True):
     """A letter with its number, which is never given to another one.
 
     ``last_failed_at`` is None when it is parked. ``deliveries`` counts how often the change came to
-    be stored: more than once after a crash.
+    be stored: more than once after a crash. ``size_bytes`` is known without the payload, too.
     """
 
     id: int
     letter: DeadLetter
     last_failed_at: datetime | None = None
     deliveries: int = 1
+    size_bytes: int = 0
 
     @property
     def place(self) -> Place:
@@ -109,8 +110,10 @@ class DeadLetterStore(Protocol):
             DeadLettersFull: there is no room for all of them.
         """
 
-    async def park(self, letters: Sequence[DeadLetter]) -> list[bool]:
+    async def park(self, letters: Sequence[DeadLetter], *, together: bool = False) -> list[bool]:
         """Store those, as parked, that another letter holds up; tell of each whether it is here.
+
+        With ``together``, when one of them is here or held up, all are stored.
 
         What holds a change up is a letter of the same route with a conflicting key, also one of
         this call. It may be a later change's, when an earlier one comes again after a crash: that
@@ -142,10 +145,13 @@ class DeadLetterStore(Protocol):
         """Remove letters that were delivered, but those whose change has come again meanwhile.
 
         After a crash of the daemon the changes before it may be delivered once more, and perhaps
-        after this one: then it has to be delivered again. False says so; it is still here.
+        after this one: then it has to be delivered again, and stays here.
 
         Args:
             letters: as they were read.
+
+        Returns:
+            Of each whether it was removed; not when another one has removed it.
         """
 
     def exclusive(self) -> AbstractAsyncContextManager[Verify]:

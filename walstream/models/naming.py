@@ -27,7 +27,9 @@ IMPORTED: Final = frozenset(
 _TYPES: Final = frozenset({"bool", "bytes", "dict", "float", "int", "list", "str"})
 """Builtins that annotations are made of."""
 
-_OF_A_MODEL: Final = frozenset(dir(BaseModel))
+_OF_A_MODEL: Final = frozenset({*dir(BaseModel), *dir(type(BaseModel))})
+"""What pydantic takes a field's default from when it is called so, such as ``mro``."""
+
 _PROTECTED: Final = ("model_validate", "model_dump")
 """Beginnings of names that pydantic warns of."""
 

@@ -10,7 +10,8 @@ import ast
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Final, Self
 
@@ -61,12 +62,23 @@ class Request(msgspec.Struct, frozen=True):
     tables: tuple[str, ...]
     narrow: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what the first line of a file cannot hold.
+
+        Raises:
+            UsageError: there is a control character in a name, or half of one.
+        """
+        for table in self.tables:
+            if any(unicodedata.category(one) in {"Cc", "Cs"} for one in table):
+                message = f"{table!a} cannot stand in the first line of a file"
+                raise UsageError(message, hint="write schema.* for a table that is called so")
+
     @classmethod
     def of(cls, text: str) -> Self:
         """Read the first line of a generated file.
 
         Raises:
-            UsageError: it is none.
+            UsageError: it is none, or names what cannot be named.
         """
         first = text.partition("\n")[0]
         try:
@@ -109,8 +121,8 @@ def write(request: Request, found: Found) -> str:
 
 
 def _title(kind: str, schema: str, name: str) -> str:
-    """Say which object a class is of."""
-    return f"{kind} {TablePattern(schema, name)}."
+    """Say which object a class is of, and no other one: each character counts."""
+    return f"{kind} {_in_one_line(str(TablePattern(schema, name)))}."
 
 
 class _Writer:
@@ -129,7 +141,7 @@ class _Writer:
         names = field_names([column.name for column in table.columns], self._names.values())
         return [
             f"class {self._names[TABLE, relation.schema, relation.name]}(BaseModel):",
-            *_docstring(_title(TABLE, relation.schema, relation.name), table.comment),
+            *_docstring(table.comment, title=_title(TABLE, relation.schema, relation.name)),
             "",
             "    model_config = ConfigDict(frozen=True, allow_inf_nan=True)",
             *([""] if table.columns else []),
@@ -147,7 +159,7 @@ class _Writer:
         members = member_names(pg_type.labels)
         return [
             f"class {self._names[ENUM, pg_type.schema, pg_type.name]}(StrEnum):",
-            *_docstring(_title(ENUM, pg_type.schema, pg_type.name)),
+            *_docstring(title=_title(ENUM, pg_type.schema, pg_type.name)),
             "",
             *(_line(f"{members[label]} = {literal(label)}") for label in pg_type.labels),
         ]
@@ -156,7 +168,7 @@ class _Writer:
         names = attribute_names([name for name, _ in pg_type.attributes], self._names.values())
         return [
             f"class {self._names[COMPOSITE, pg_type.schema, pg_type.name]}(NamedTuple):",
-            *_docstring(_title(COMPOSITE, pg_type.schema, pg_type.name)),
+            *_docstring(title=_title(COMPOSITE, pg_type.schema, pg_type.name)),
             "",
             *(
                 _line(
@@ -234,33 +246,28 @@ def _line(code: str, comment: str = "") -> str:
     return line if len(line) <= _WIDTH else f"{line}  # fmt: skip"
 
 
-def _docstring(*paragraphs: str) -> list[str]:
-    """Lay paragraphs out as a docstring of a class or a field."""
-    lines: list[str] = []
-    for paragraph in _paragraphs(paragraphs):
-        lines += ["", *_wrapped(paragraph)]
-    escaped = [line.replace("\\", "\\\\").replace('"""', '\\"\\"\\"') for line in lines[1:]]
-    if escaped[-1].endswith('"'):
-        escaped[-1] = escaped[-1][:-1] + '\\"'
-    first, *rest = escaped
+def _docstring(text: str = "", *, title: str = "") -> list[str]:
+    """Lay a text out as the docstring of a class or a field, under a title that stays one line."""
+    lines = ["", title] if title else []
+    for paragraph in _paragraphs(text):
+        lines += ["", *textwrap.wrap(paragraph, _WIDTH - 8, break_long_words=False)]
+    first, *rest = _escaped(lines[1:])
     first = f" {first}" if first.startswith('"') else first
     if not rest:
         return [f'    """{first}"""']
     return [f'    """{first}', *(f"    {line}" if line else "" for line in rest), '    """']
 
 
-def _wrapped(paragraph: str) -> list[str]:
-    """Break a paragraph into lines; the line that names an object stays one."""
-    if TITLE.fullmatch(paragraph):
-        return [paragraph]
-    return textwrap.wrap(paragraph, _WIDTH - 8, break_long_words=False)
+def _escaped(lines: Sequence[str]) -> list[str]:
+    """Escape backslashes, and the quotes that would end a docstring."""
+    *before, last = [line.replace("\\", "\\\\") for line in lines]
+    if last.endswith('"') and '"""' not in last:
+        last = last[:-1] + '\\"'
+    return [line.replace('"', '\\"') if '"""' in line else line for line in (*before, last)]
 
 
-def _paragraphs(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for paragraph in re.split(r"\n\s*\n", text):
-            if printable(paragraph):
-                yield printable(paragraph)
+def _paragraphs(text: str) -> Iterator[str]:
+    return filter(None, map(printable, re.split(r"\n\s*\n", text)))
 
 
 def printable(text: str) -> str:
@@ -271,6 +278,10 @@ def printable(text: str) -> str:
 
 def literal(text: str) -> str:
     """Write a text as ruff does: in double quotes, unless that takes more backslashes."""
-    body = "".join(one if one.isprintable() and one != "\\" else repr(one)[1:-1] for one in text)
     quote = "'" if text.count('"') > text.count("'") else '"'
-    return quote + body.replace(quote, "\\" + quote) + quote
+    return quote + _in_one_line(text).replace(quote, "\\" + quote) + quote
+
+
+def _in_one_line(text: str) -> str:
+    """Escape backslashes and what cannot be printed, so that no two texts become the same."""
+    return "".join(one if one.isprintable() and one != "\\" else repr(one)[1:-1] for one in text)

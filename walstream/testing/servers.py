@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 from walstream.cluster import PrivateCluster, ServerPrograms
-
-GIVEN_SERVER: Final = "WALSTREAM_TEST_DSN"
-"""Environment variable: a superuser's connection string of the server to test against."""
 
 
 class StartCluster(Protocol):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import psycopg
+
 from walstream.lsn import Lsn
 from walstream.testing.databases import Database, drop_slots
 
@@ -14,12 +18,21 @@ class RewindableSlot:
     """
 
     def __init__(self, database: Database, name: str) -> None:
-        """Make the slot at once: what is committed afterwards comes."""
+        """Make the slot at once: what is committed afterwards comes.
+
+        Raises:
+            psycopg.Error: it cannot be made, and nothing of it is left.
+        """
         self.name = name
         self._origin = f"{name}_origin"
         self._database = database
-        database.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self.name)
-        self._copy(self.name, self._origin)
+        try:
+            database.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", self.name)
+            self._copy(self.name, self._origin)
+        except BaseException:
+            with suppress(psycopg.Error):  # the first error says more
+                self.drop()
+            raise
 
     def confirmed_flush_lsn(self) -> Lsn:
         """Ask the server what it has recorded.

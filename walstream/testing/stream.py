@@ -74,6 +74,7 @@ class HandlerStream:
 
         Raises:
             ConfigError: the configuration is wrong.
+            psycopg.Error: the slot cannot be made.
         """
         self.app = Walstream() if app is None else _copy(app)
         self.changes: list[Change] = []
@@ -84,7 +85,7 @@ class HandlerStream:
         folder = mkdtemp(prefix="walstream-test-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.config = _configure(self._database.dsn, self.slot, Path(folder), config)
-        self._slot = RewindableSlot(self._database, self.slot)
+        self._slot = self._make_slot()
         self._recorders: list[Handler] = []
         self._crash = Crash()
         self._life: Life | None = None
@@ -233,6 +234,14 @@ class HandlerStream:
         finally:
             if self._own is not None:
                 self._own.close()
+
+    def _make_slot(self) -> RewindableSlot:
+        try:
+            return RewindableSlot(self._database, self.slot)
+        except BaseException:
+            if self._own is not None:
+                self._own.close()
+            raise
 
     def _begin(self, until: str | None) -> None:
         if not self.app.handlers:
