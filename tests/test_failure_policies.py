@@ -350,7 +350,7 @@ async def test_what_is_remembered_of_other_rows_stays() -> None:
     class Store:
         """Has no letters any more, and says so."""
 
-        async def park(self, letters: Sequence[Any]) -> list[bool]:
+        async def park(self, letters: Sequence[Any], *, together: bool) -> list[bool]:
             return [False] * len(letters)
 
     parking = Parking(Store())  # type: ignore[arg-type]

@@ -18,13 +18,16 @@ from tests.postgres import Database, async_wait_until, wait_until
 from tests.streaming import Stream
 from walstream import Change, Lsn
 from walstream.cluster import ServerPrograms
+from walstream.daemon import Daemon
 from walstream.errors import EX_TEMPFAIL, HandlerFailed
 
 MAX_IN_FLIGHT: Final = 500
 BATCH_MESSAGES: Final = 1000
 """What one read of the socket brings at most; so much is handed over beyond the limit."""
 
-STILL_SECONDS: Final = 1.5
+STILL_CALLS: Final = 30
+"""So often the failing handler is called, about a second long, and nothing else happens."""
+
 PATIENT: Final = {"attempts": 10**6, "backoff_seconds": 0.01, "max_backoff_seconds": 0.05}
 
 STUCK: Final = """
@@ -88,10 +91,12 @@ async def test_a_handler_that_fails_holds_up_the_others_at_the_bound_only(items:
     for first in range(0, 30_000, 100):
         items.execute(f"INSERT INTO items SELECT generate_series({first}, {first + 99})")
     async with stream:
-        await async_wait_until(lambda: len(taken["other"]) >= MAX_IN_FLIGHT // len(taken))
-        await settled(taken["lanes"])
+        # The others have taken all that was handed over: what is in flight is the failing one's.
+        await full(stream, lambda left: len(taken["other"]) == len(taken["lanes"]) == left)
         before, resident = {name: len(ids) for name, ids in taken.items()}, resident_bytes()
-        await asyncio.sleep(STILL_SECONDS)
+        read, calls = process_of(stream).summary().changes, len(failing)
+        await async_wait_until(lambda: len(failing) >= calls + STILL_CALLS)
+        assert process_of(stream).summary().changes == read
         assert before == {name: len(ids) for name, ids in taken.items()}
         assert before["other"] == before["lanes"] <= MAX_IN_FLIGHT + BATCH_MESSAGES
         assert resident_bytes() - resident < 4 << 20
@@ -119,8 +124,7 @@ async def test_what_is_beyond_a_row_that_is_held_is_bounded_too(items: Database)
     for first in range(0, 20_000, 100):
         items.execute(f"INSERT INTO items SELECT generate_series({first}, {first + 99})")
     async with stream:
-        await async_wait_until(lambda: bool(taken))
-        await settled(taken)
+        await full(stream, lambda left: left == 1)
         beyond = len(taken)
         gate.set()
         await stream.drain()
@@ -377,21 +381,24 @@ def has_ended(process: subprocess.Popen[bytes]) -> bool:
 async def stop_while_held(stream: Stream, gate: asyncio.Event) -> None:
     """Stop, and let the call that is held return only when the stop is under way."""
     stopping = asyncio.create_task(stream.stop())
-    life = stream._life
-    assert life is not None
-    process = life._process
-    assert process is not None
+    process = process_of(stream)
     await async_wait_until(lambda: process._delivery._flow.halt)
     gate.set()
     await stopping
 
 
-async def settled(taken: list[Any]) -> None:
-    """Wait until a list has not grown for a while."""
-    length = -1
-    while length != len(taken):
-        length = len(taken)
-        await asyncio.sleep(0.3)
+async def full(stream: Stream, is_still: Callable[[int], bool]) -> None:
+    """Wait until nothing more is read, and what is left in flight is what nobody will take."""
+    await async_wait_until(lambda: stream._life is not None and stream._life._process is not None)
+    delivery = process_of(stream)._delivery
+    await async_wait_until(lambda: delivery.is_full and is_still(delivery.in_flight), 60.0)
+
+
+def process_of(stream: Stream) -> Daemon:
+    life = stream._life
+    assert life is not None
+    assert life._process is not None
+    return life._process
 
 
 def resident_bytes() -> int:

@@ -25,6 +25,7 @@ from walstream import Change, Message, Walstream
 from walstream.assembly import make_router
 from walstream.binding import Binding
 from walstream.catalog import Catalog
+from walstream.changes import Begin
 from walstream.config import parse
 from walstream.daemon import Daemon
 from walstream.decoder import START_OPTIONS, Decoder
@@ -36,6 +37,7 @@ from walstream.offline import read_offline
 from walstream.postgres import python_encoding
 from walstream.recording import Recorder, Recording, RecordingBinding, replay
 from walstream.router import Router
+from walstream.testing import new_transaction
 
 EVERYTHING: Final = "*.*"
 
@@ -305,6 +307,14 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
         large = Message("", "", Lsn(1))
         with pytest.raises(SinkFailed, match=told):
             recorder.record(b"1" * 1_000_000, large)
+        with pytest.raises(SinkFailed, match=told):
+            recorder.close()
+        recorder = Recorder(tmp_path / "at the next session")
+        begin = Begin(new_transaction())
+        recorder.record(b"1", begin)
+        with pytest.raises(SinkFailed, match=told) as failed:
+            recorder.record(b"1", begin)
+        assert "see to its disk" in failed.value.hint
         with pytest.raises(SinkFailed, match=told):
             recorder.close()
 

@@ -499,6 +499,10 @@ async def test_a_transaction_ended_by_sql_is_noticed(
     assert recorded(database) == [("0/0", 0)]
 
 
+def name_of(step: Step) -> str:
+    return step if isinstance(step, str) else step.__name__
+
+
 ANOTHER: Final[tuple[list[Step], ...]] = (
     ["COMMIT AND CHAIN"],
     ["COMMIT; BEGIN"],
@@ -510,7 +514,7 @@ ANOTHER: Final[tuple[list[Step], ...]] = (
 
 
 @pytest.mark.parametrize("replaying", [False, True])
-@pytest.mark.parametrize("steps", ANOTHER, ids=repr)
+@pytest.mark.parametrize("steps", ANOTHER, ids=lambda steps: ", ".join(map(name_of, steps)))
 async def test_a_transaction_that_a_handler_put_in_place_of_ours_is_noticed(
     database: Database, processes: Callable[..., Route], steps: list[Step], *, replaying: bool
 ) -> None:

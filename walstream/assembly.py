@@ -118,9 +118,10 @@ def make_router(
         ConfigError: a route cannot be made.
     """
     masking_key, defaults, own = config.masking.secret(), config.handlers, config.own_tables()
+    to_sinks: list[tuple[RouteSpec, str, Sink | None]]
     to_sinks = [(spec, sink.name, sink) for spec, sink in sinks]
     to_sinks += [
-        (spec, spec.name or f"routes[{index}]", by_name and by_name[spec.to])
+        (spec, spec.name or f"routes[{index}]", None if by_name is None else by_name[spec.to])
         for index, spec in enumerate(config.routes)
     ]
     to_handlers = [

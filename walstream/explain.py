@@ -197,7 +197,9 @@ async def _position(
     connection: AsyncConnection[TupleRow], slot: str, before: str | None
 ) -> str | None:
     """Return the slot's position, which has to be the one of before."""
-    (position,) = await (await connection.execute(_POSITION, {"slot": slot})).fetchone() or (None,)
+    cursor = await connection.execute(_POSITION, {"slot": slot})
+    position: str | None
+    (position,) = await cursor.fetchone() or (None,)
     if before not in {None, position}:
         raise SlotBusy(f"the slot {slot} was moved while it was looked into")
     return position

@@ -196,8 +196,11 @@ class Recorder:
         self._pending = 0
         if self._position == self._boundary:
             return
-        self._file.seek(self._boundary)
-        self._file.truncate()
+        try:
+            self._file.seek(self._boundary)
+            self._file.truncate()
+        except OSError as error:  # what was held back is written first
+            raise self._failed(error) from None
         self._position = self._boundary
         self._written.clear()
 
@@ -210,7 +213,11 @@ class Recorder:
         self._position += len(encoded)
 
     def _failed(self, error: OSError) -> SinkFailed:
-        return SinkFailed(f"the recording {self._path} cannot be written: {error.strerror}")
+        return SinkFailed(
+            f"the recording {self._path} cannot be written: {error.strerror}",
+            hint="see to its disk, or name a file on another one; what was written up to the last"
+            " whole transaction can be read",
+        )
 
 
 class RecordingBinding(Binding):
