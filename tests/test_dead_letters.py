@@ -1530,6 +1530,17 @@ async def test_drop_says_what_it_frees(command: CommandLine, store: DeadLetterSt
     assert command.run("drop", "--all") == "dropped 0 dead letters\n"
 
 
+async def test_nothing_is_dropped_while_a_replay_runs(
+    command: CommandLine, store: DeadLetterStore
+) -> None:
+    """It would deliver what it has read, after newer changes of the row."""
+    await fill(store)
+    before = await store.count(ALL)
+    async with store.exclusive():
+        assert "ReplayRuns" in command.run("drop", "--all", "-y", code=75)
+    assert await store.count(ALL) == before > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from walstream.acknowledger import Acknowledger
-from walstream.assembly import Assembly
+from walstream.assembly import Assembly, needs_everything
 from walstream.backoff import Backoff
 from walstream.binding import Binding
 from walstream.catalog import Server
@@ -384,8 +384,7 @@ class Daemon:
         return push_down(
             self.router.routes,
             await self._catalog.partitioned(),
-            # What a transactional handler has recorded must mean the same under other routes.
-            everything=bool(self._targets),
+            everything=needs_everything(self.router),
         )
 
     async def _check_pushed_down(self, pushed_down: PushedDown) -> None:

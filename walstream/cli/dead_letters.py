@@ -216,7 +216,10 @@ def drop(  # noqa: PLR0913 - one for each option
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Drop dead letters: their changes are given up, and later ones of their keys go on."""
+    """Drop dead letters: their changes are given up.
+
+    What waits behind them is delivered by the next replay. Refused while a replay runs.
+    """
     query = _query(
         ids=ids or None,
         route=route,
@@ -236,7 +239,10 @@ def drop(  # noqa: PLR0913 - one for each option
         _verify_found(ids or [], letters)
         if letters and not yes:
             _confirm(len(letters), "drop")
-        dropped = await store.drop([stored.id for stored in letters])
+        # A replay delivers what it has read, also what is dropped meanwhile: later than what then
+        # comes directly.
+        async with store.exclusive():
+            dropped = await store.drop([stored.id for stored in letters])
         keys = {(stored.letter.route, key) for stored in letters for key in stored.letter.keys}
         _print_dropped(dropped, keys, set(await store.blocked()))
 
