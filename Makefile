@@ -34,7 +34,7 @@ format: setup-python ## put the code into its form
 
 lock: setup-python ## renew requirements.lock from pyproject.toml
 	$(PYTHON) -m pip install --quiet uv
-	$(PYTHON) -m uv pip compile pyproject.toml --extra binary --group dev --upgrade --quiet \
+	$(PYTHON) -m uv pip compile pyproject.toml --extra service --group dev --upgrade --quiet \
 	    --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --custom-compile-command "make lock" --output-file requirements.lock
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -59,6 +60,21 @@ _KEY: Final = "masking.key"
 
 OperationName = Literal["insert", "update", "delete", "truncate"]
 Seconds = Annotated[float, Field(gt=0)]
+
+_UNITS: Final = {"B": 1, "kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+
+
+def _in_bytes(value: object) -> object:
+    """Read a size as Postgres' settings do, whose units are powers of 1,024."""
+    if not isinstance(value, str):
+        return value
+    matched = re.fullmatch(r"(\d+)\s*(B|kB|MB|GB|TB)?", value.strip())
+    if matched is None:
+        raise ValueError(f"found {value!r}; allowed: bytes, or a size such as '512MB' or '50GB'")
+    return int(matched[1]) * _UNITS[matched[2] or "B"]
+
+
+Bytes = Annotated[int, BeforeValidator(_in_bytes), Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -123,10 +139,51 @@ class PostgresConfig(_Section):
 
 
 class SlotConfig(_Section):
-    """The replication slot. ``create`` makes it when it is not there."""
+    """The replication slot. ``create`` makes it when it is not there.
+
+    ``failover`` makes it one that standbys keep a copy of (PostgreSQL 17 and later).
+    """
 
     name: str = Field("walstream", pattern=r"^[a-z0-9_]{1,63}$")
     create: bool = False
+    failover: bool = False
+
+
+class RetainedWalConfig(_Section):
+    """What is done when the slot retains much WAL on the server's disk; None for nothing.
+
+    At ``warn_at_bytes`` it is logged. At ``stop_at_bytes`` the process ends with an error, so that
+    whoever supervises it is told; the slot goes on retaining. At ``drop_slot_at_bytes`` the slot is
+    dropped and **what was not delivered is lost**: for databases that matter more than their
+    changes.
+    """
+
+    warn_at_bytes: Bytes | None = 10 << 30
+    stop_at_bytes: Bytes | None = None
+    drop_slot_at_bytes: Bytes | None = None
+
+
+class StateConfig(_Section):
+    """Where it is kept which cluster and position were confirmed last.
+
+    With it a failover, a restore or a slot made anew while the process did not run is noticed.
+    Without ``path`` it is ``<slot>.json`` in the folder that systemd names in ``STATE_DIRECTORY``,
+    if there is one, and otherwise it is not kept.
+    """
+
+    path: Path | None = None
+
+
+class HttpConfig(_Section):
+    """Health and metrics by HTTP: ``listen`` is an address and port; None for none."""
+
+    listen: str | None = Field(None, pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s\[\]]+):\d{1,5}$")
+
+
+class TracingConfig(_Section):
+    """OpenTelemetry: spans of calls; where they go is told by OTEL_... variables."""
+
+    enabled: bool = False
 
 
 class ColumnsConfig(_Section):
@@ -385,6 +442,12 @@ class StreamConfig(_Section):
     ``max_reconnect_seconds``; after a shutdown of the server it waits ``after_shutdown_seconds``.
     Reading pauses while more changes, or more bytes of their records, are in flight than
     ``max_in_flight_changes`` and ``max_in_flight_bytes``.
+
+    When changes have not got through for ``stalled_after_seconds`` the process is not ready any
+    more. A server that says nothing for ``receive_timeout_seconds`` and does not decode is given up
+    and connected to again, as by Postgres' own wal_receiver_timeout. While another process streams
+    from the slot it is looked at every ``standby_poll_seconds``. Every ``heartbeat_seconds`` a
+    logical message is written into the WAL; None for never.
     """
 
     drain_seconds: Seconds = 10.0
@@ -395,6 +458,10 @@ class StreamConfig(_Section):
     reconnect_seconds: Seconds = 0.5
     max_reconnect_seconds: Seconds = 30.0
     after_shutdown_seconds: Seconds = 10.0
+    standby_poll_seconds: Seconds = 1.0
+    stalled_after_seconds: Seconds = 5.0
+    receive_timeout_seconds: Seconds = 60.0
+    heartbeat_seconds: Seconds | None = None
 
 
 class LogConfig(_Section):
@@ -422,12 +489,16 @@ class Config(BaseSettings):
 
     postgres: PostgresConfig = PostgresConfig()
     slot: SlotConfig = SlotConfig()
+    retained_wal: RetainedWalConfig = RetainedWalConfig()
+    state: StateConfig = StateConfig()
     routes: list[RouteConfig] = []
     sinks: dict[str, SinkConfig] = {}
     handlers: HandlersConfig = HandlersConfig()
     dead_letters: DeadLettersConfig = DeadLettersConfig()
     masking: MaskingConfig = MaskingConfig()
     stream: StreamConfig = StreamConfig()
+    http: HttpConfig = HttpConfig()
+    tracing: TracingConfig = TracingConfig()
     log: LogConfig = LogConfig()
 
     @classmethod
