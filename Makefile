@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check bench format lock setup setup-python clean
+.PHONY: help demo test faults soak check bench format lock setup setup-python clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -16,7 +16,10 @@ demo: setup ## walstream on a throwaway PostgreSQL (ARGS="--seconds 20")
 test: $(if $(WALSTREAM_TEST_DSN),setup-python,setup) ## the tests (ARGS="-k slot"); WALSTREAM_TEST_DSN names a server to use
 	$(PYTHON) -m pytest $(ARGS)
 
-soak: setup ## the long runs of faults and kill -9, some minutes
+faults: setup ## 500 faults of network, server, disk and people (WALSTREAM_FAULTS, WALSTREAM_FAULTS_SEED)
+	$(PYTHON) -m pytest -m faults $(ARGS)
+
+soak: setup ## the long runs: over an hour (WALSTREAM_SOAK_SECONDS=600 for less)
 	$(PYTHON) -m pytest -m soak $(ARGS)
 
 check: setup-python ## linters, types and the layers of the imports

@@ -20,7 +20,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
 from pathlib import Path
@@ -123,11 +123,11 @@ class Proxy:
 
     def dsn(self, for_dsn: str) -> str:
         """Return a connection string that differs in that it leads through the proxy."""
-        given = {name: value for name, value in conninfo_to_dict(for_dsn).items() if value}
+        given = {name: str(value) for name, value in conninfo_to_dict(for_dsn).items() if value}
         given.pop("hostaddr", None)
         # The startup packet is to be read, and pieces are to be cut where the test says.
-        through = {"host": LOOPBACK, "port": self.port, "sslmode": "disable"}
-        return make_conninfo("", **{**given, **through, "gssencmode": "disable"})
+        plain = {"sslmode": "disable", "gssencmode": "disable"}
+        return make_conninfo("", **{**given, **plain, "host": LOOPBACK, "port": str(self.port)})
 
     def lead_to(self, dsn: str) -> None:
         """From now on pass new connections to another server."""
@@ -206,7 +206,7 @@ class Proxy:
         if self._accepting is not None:
             return
         listener = socket.create_server((LOOPBACK, self.port), backlog=64)
-        listener.setblocking(False)
+        listener.settimeout(0)
         self.port = listener.getsockname()[1]
         self._accepting = asyncio.create_task(self._accept(listener))
 
@@ -239,7 +239,7 @@ class Proxy:
         address = self._server
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         server = socket.socket(family)
-        server.setblocking(False)
+        server.settimeout(0)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._loop.sock_connect(server, address)
@@ -350,9 +350,7 @@ class _Link:
             self.server = await self._proxy.connect()
             _make_prompt(self.client, self.server)
             async with asyncio.TaskGroup() as group:
-                group.create_task(
-                    self._flow(self.client, self.server, Direction.TO_SERVER, packet)
-                )
+                group.create_task(self._flow(self.client, self.server, Direction.TO_SERVER, packet))
                 group.create_task(self._flow(self.server, self.client, Direction.TO_CLIENT))
         except (OSError, ExceptionGroup):
             self.reset()  # whoever is still there sees what the other side saw
@@ -459,8 +457,4 @@ def _make_prompt(*sides: socket.socket) -> None:
 
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
-    await _gone(asyncio.wait([task]))
-
-
-async def _gone(waiting: Awaitable[object]) -> None:
-    await waiting
+    await asyncio.wait([task])

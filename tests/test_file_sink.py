@@ -83,7 +83,7 @@ async def test_a_failed_write_leaves_nothing_behind(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(SinkFailed, match="No space left"):
             await sink.take([change(2)])
     await sink.take([change(2)])
     await sink.close()
@@ -292,7 +292,7 @@ async def test_a_failed_write_does_not_lengthen_a_truncated_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", truncated_and_full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(SinkFailed, match="No space left"):
             await sink.take([change(3)])
     await sink.take([change(3)])
     await sink.close()

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 from collections import deque
 
+from walstream.changes import Transaction
 from walstream.lsn import Lsn
 
 
 class Ticket:
     """A transaction in flight: ``closed`` when all of it has come, ``begun`` when it is delivered.
 
-    Only the acknowledger looks at the rest.
+    ``transaction`` is what its BEGIN said, for who wants to know its age. Only the acknowledger
+    looks at the rest.
     """
 
-    __slots__ = ("acknowledger", "begun", "closed", "end_lsn", "handed", "untaken")
+    __slots__ = ("acknowledger", "begun", "closed", "end_lsn", "handed", "transaction", "untaken")
 
     def __init__(self, end_lsn: Lsn, acknowledger: Acknowledger | None = None) -> None:
         self.acknowledger = acknowledger
@@ -31,6 +33,7 @@ class Ticket:
         self.untaken = 0
         self.closed = False
         self.begun = False
+        self.transaction: Transaction | None = None
 
 
 class Acknowledger:
@@ -51,6 +54,26 @@ class Acknowledger:
     def in_flight(self) -> int:
         """How many transactions are open, or have changes that are not taken."""
         return len(self._tickets)
+
+    @property
+    def oldest(self) -> Ticket | None:
+        """The transaction that the watermark stands before, if it is known."""
+        return self._tickets[0] if self._tickets else None
+
+    @property
+    def progress(self) -> tuple[Lsn, int]:
+        """What moves while changes get through: the watermark, and how much of the oldest is taken.
+
+        A large transaction moves the second one for minutes before it moves the first.
+        """
+        oldest = self.oldest
+        return self._flush_lsn, 0 if oldest is None else oldest.handed - oldest.untaken
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the watermark stands before changes that were handed out and are not taken."""
+        oldest = self.oldest
+        return oldest is not None and oldest.untaken > 0
 
     @property
     def beyond(self) -> int:

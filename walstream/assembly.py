@@ -17,6 +17,7 @@ from walstream.config import (
     RouteSpec,
     SinkConfig,
     StdoutSinkConfig,
+    WebhookSinkConfig,
 )
 from walstream.dead_letters import DeadLetterStore, make_store
 from walstream.delivery import Delivery, Limits
@@ -25,7 +26,8 @@ from walstream.errors import ConfigError, UsageError
 from walstream.parking import Parking
 from walstream.policy import OnFailure
 from walstream.router import MessageRoute, Route, Router
-from walstream.sinks.file import FileSink
+from walstream.sinks.envelopes import Packing
+from walstream.sinks.file import FileOptions, FileSink
 from walstream.sinks.stdout import StdoutSink
 from walstream.transactional import TransactionalTarget
 
@@ -44,6 +46,7 @@ class Assembly:
         *,
         sinks: Sequence[tuple[RouteSpec, Sink]] = (),
         replaying: bool = False,
+        before: Assembly | None = None,
     ) -> None:
         """Build everything that needs no connection.
 
@@ -52,22 +55,37 @@ class Assembly:
             handlers: what was attached to the application.
             sinks: destinations besides those of the configuration.
             replaying: what will be delivered are dead letters.
+            before: what this one takes the place of; what both have in common is used on.
 
         Raises:
             UsageError: nothing is routed anywhere.
             ConfigError: a route cannot be made.
         """
         self._config = config
-        self.sinks = [_sink(name, sink) for name, sink in config.sinks.items()]
+        self._configured = {
+            name: _sink_again(name, sink, before, config.slot.name)
+            for name, sink in config.sinks.items()
+        }
+        self.sinks = [sink for _, sink in self._configured.values()]
         self.sinks += [sink for _, sink in sinks]
         self.router = make_router(
             config, handlers, sinks=sinks, by_name={sink.name: sink for sink in self.sinks}
         )
+        self.catalog: Catalog
+        self.targets: dict[Destination, TransactionalTarget]
+        if before is not None:
+            self.catalog, self.targets = before.catalog, before.targets
+            return
         self.catalog = Catalog(
             config.postgres.catalog_dsn(),
             application_name=f"{config.postgres.application_name} catalog"[:63],
         )
         self.targets = _targets(config, [handler for _, handler in handlers], replaying=replaying)
+
+    def kept(self, name: str, config: SinkConfig) -> Sink | None:
+        """Return the sink of that name, if it was made of the same configuration."""
+        its_config, sink = self._configured.get(name, (None, None))
+        return sink if its_config == config else None
 
     @property
     def routes(self) -> list[AnyRoute]:
@@ -172,14 +190,68 @@ def letters_of(config: Config, slot: str | None = None) -> DeadLetterStore:
     )
 
 
-def _sink(name: str, config: SinkConfig) -> Sink:
+def _sink_again(
+    name: str, config: SinkConfig, before: Assembly | None, slot: str
+) -> tuple[SinkConfig, Sink]:
+    kept = None if before is None else before.kept(name, config)
+    return config, kept or _sink(name, config, slot)
+
+
+def _sink(name: str, config: SinkConfig, slot: str) -> Sink:
     match config:
         case StdoutSinkConfig():
             return StdoutSink(name)
         case FileSinkConfig():
-            return FileSink(name, config.path)
+            return FileSink(
+                name,
+                config.path,
+                FileOptions(
+                    fsync=config.fsync,
+                    fsync_seconds=config.fsync_seconds,
+                    max_bytes=config.max_bytes,
+                    max_age_seconds=config.max_age_seconds,
+                    keep=config.keep,
+                    compress=config.compress,
+                ),
+            )
+        case WebhookSinkConfig():
+            return _webhook(name, config, slot)
         case _:
             assert_never(config)
+
+
+def _webhook(name: str, config: WebhookSinkConfig, slot: str) -> Sink:
+    try:
+        from walstream.sinks.webhook import (  # noqa: PLC0415 - few need httpx
+            WebhookOptions,
+            WebhookSink,
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            [f"sinks.{name}: a webhook needs the package {error.name}, which is not installed"],
+            hint='pip install "walstream[webhook]"',
+        ) from None
+    return WebhookSink(
+        name,
+        WebhookOptions(
+            url=config.url.get_secret_value(),
+            headers={key: value.get_secret_value() for key, value in config.headers.items()},
+            read_keys=lambda: config.signing_keys(name),
+            packing=Packing(
+                format=config.format,
+                source=config.source or f"/walstream/{slot}",
+                max_changes=config.max_changes,
+                max_request_bytes=config.max_request_bytes,
+            ),
+            timeout_seconds=config.timeout_seconds,
+            connect_timeout_seconds=config.connect_timeout_seconds,
+            max_retry_after_seconds=config.max_retry_after_seconds,
+            proxy=None if config.proxy is None else config.proxy.get_secret_value(),
+            ca_file=config.ca_file,
+            verify=config.verify,
+            allow_private_redirects=config.allow_private_redirects,
+        ),
+    )
 
 
 def _verify_routes(routes: Sequence[AnyRoute]) -> None:

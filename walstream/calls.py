@@ -1,6 +1,7 @@
 """One call of a destination: in the event loop, in a thread, or a sink's ``take``.
 
-A `Slot` tells others what a call is about while it lasts, and where it stands.
+A `Slot` tells others what a call is about while it lasts, and where it stands; a `CallClock` how
+long calls took.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import dropwhile
@@ -26,8 +28,12 @@ from walstream.changes import Change
 from walstream.destinations import Handler, Item, Sink
 from walstream.errors import HandlerFailed
 from walstream.lsn import Lsn
+from walstream.vitals import CALL_SECONDS_BOUNDS, CallTimes
 
-_MODULES: Final = ("calls.py", "outlets.py", "transactional.py")
+QUICK_SECONDS: Final = CALL_SECONDS_BOUNDS[0]
+"""Most calls take no longer: they are counted where they end, which costs less."""
+
+_MODULES: Final = ("calls.py", "outlets.py", "tracing.py", "transactional.py")
 _UNFINISHED: Final = (Generator, AsyncGenerator, Future)
 
 _WAY_TO_CALLS: Final = (
@@ -41,12 +47,43 @@ PASSING: Final = (KeyboardInterrupt, GeneratorExit)
 """What a call raises that is not its own: the terminal's Ctrl-C, and Python closing a coroutine."""
 
 
+class CallClock:
+    """Counts how long the calls of one destination took, failed ones too.
+
+    ``counts`` are those within each of `CALL_SECONDS_BOUNDS`, and those that took longer.
+    """
+
+    __slots__ = ("counts", "total_seconds")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(CALL_SECONDS_BOUNDS) + 1)
+        self.total_seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """A call took so long."""
+        self.counts[bisect_left(CALL_SECONDS_BOUNDS, seconds)] += 1
+        self.total_seconds += seconds
+
+    def go_on_from(self, before: CallClock) -> None:
+        """Count on from where another one is."""
+        self.counts[:] = before.counts
+        self.total_seconds = before.total_seconds
+
+    @staticmethod
+    def together(clocks: Iterable[CallClock]) -> CallTimes:
+        """Say what several have counted until now."""
+        listed = list(clocks)
+        counts = zip(*(clock.counts for clock in listed), strict=True)
+        return CallTimes(tuple(map(sum, counts)), sum(clock.total_seconds for clock in listed))
+
+
 class Slot:
     """What one worker has in hand; ``item`` is None between two calls."""
 
-    __slots__ = ("item", "since", "task", "thread")
+    __slots__ = ("clock", "item", "since", "task", "thread")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: CallClock | None = None) -> None:
+        self.clock = clock or CallClock()
         self.item: Item | None = None
         self.since = 0.0
         self.task: asyncio.Task[Any] | None = None
@@ -58,7 +95,14 @@ class Slot:
         self.since = time.monotonic()
 
     def end(self) -> None:
-        """Note that it is over."""
+        """Note that it is over, and how long it took."""
+        seconds = time.monotonic() - self.since
+        clock = self.clock
+        if seconds <= QUICK_SECONDS:  # as `CallClock.add` counts it
+            clock.counts[0] += 1
+            clock.total_seconds += seconds
+        else:
+            clock.add(seconds)
         self.item = None
 
     def clear(self) -> None:
@@ -308,7 +352,9 @@ class ThreadCaller:
                 except PASSING:
                     raise
                 except BaseException as error:  # noqa: BLE001 - user code, which may even exit
+                    slot.end()
                     return done, repeated, error
+                slot.end()
             return len(items), repeated, None
         finally:
             slot.thread = None

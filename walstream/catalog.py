@@ -22,7 +22,7 @@ from walstream.errors import FilterError
 from walstream.filters import Literal
 from walstream.loaders import TextLoaders
 from walstream.lsn import Lsn
-from walstream.postgres import SESSION_SETTINGS, connect, server_error
+from walstream.postgres import SESSION_SETTINGS, connect, cut, impatient, server_error
 from walstream.values import Kind, PgType, Types
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.catalog")
@@ -32,6 +32,12 @@ PINNED: Final = b"; ".join(
     for name, value in SESSION_SETTINGS.items()
 )
 """SQL that pins the session's settings for one transaction."""
+
+QUERY_SECONDS: Final = 30.0
+"""How long the server may take to answer a question; none of ours is hard."""
+
+PROBE_SECONDS: Final = 5.0
+"""The same, for questions that only ask whether the server is there."""
 
 VISIBLE_SECONDS: Final = 5.0
 VISIBLE_PAUSE_SECONDS: Final = 0.002
@@ -105,6 +111,11 @@ class Catalog:
         if connection is not None:
             await connection.close()
 
+    def abandon(self) -> None:
+        """Cut the connection: who waits for an answer gets an error at once."""
+        if self._connection is not None:
+            cut(self._connection)
+
     async def probe(self) -> None:
         """Ask for the smallest possible answer.
 
@@ -115,7 +126,19 @@ class Catalog:
             ServerShutdown: the server is shutting down.
             Unavailable: the server cannot be reached.
         """
-        await self.rows(sql.SQL("SELECT"))
+        await self.rows(sql.SQL("SELECT"), seconds=PROBE_SECONDS)
+
+    async def is_decoding(self, pid: int) -> bool:
+        """Whether a walsender is at work, and neither idle nor waiting for its client.
+
+        Args:
+            pid: of the walsender.
+
+        Raises:
+            WalstreamError: the server cannot be asked, or does not answer soon.
+        """
+        rows = await self.rows(_WAITS_FOR, {"pid": pid}, seconds=PROBE_SECONDS)
+        return bool(rows) and rows[0][0] not in _IDLE
 
     async def server(self) -> Server:
         """Ask for the server's facts."""
@@ -255,29 +278,43 @@ class Catalog:
             self.types.add(pg_type)
 
     async def rows(
-        self, query: Query, parameters: Mapping[str, Any] | Sequence[Any] | None = None
+        self,
+        query: Query,
+        parameters: Mapping[str, Any] | Sequence[Any] | None = None,
+        *,
+        seconds: float = QUERY_SECONDS,
     ) -> list[TupleRow]:
         """Run a query; a connection that went away since the last one is replaced once.
 
+        Args:
+            query: one statement.
+            parameters: of it.
+            seconds: how long the server may take to answer, before the connection is cut.
+
         Raises:
-            WalstreamError: the server cannot be reached, or refuses.
+            WalstreamError: the server cannot be reached, refuses, or does not answer.
         """
         try:
-            return await self._retrying(query, parameters)
+            return await self._retrying(query, parameters, seconds)
         except psycopg.Error as error:
             raise server_error(error) from error
 
     async def _retrying(
-        self, query: Query, parameters: Mapping[str, Any] | Sequence[Any] | None
+        self,
+        query: Query,
+        parameters: Mapping[str, Any] | Sequence[Any] | None,
+        seconds: float = QUERY_SECONDS,
     ) -> list[TupleRow]:
         async with self._lock:
             if self._connection is not None:
                 try:
-                    return await self._run(self._connection, query, parameters)
+                    with impatient(self._connection, seconds):
+                        return await self._run(self._connection, query, parameters)
                 except psycopg.OperationalError:
                     await self.close()
             self._connection = await connect(self._dsn, application_name=self._application_name)
-            return await self._run(self._connection, query, parameters)
+            with impatient(self._connection, seconds):
+                return await self._run(self._connection, query, parameters)
 
     async def _run(
         self,
@@ -322,6 +359,14 @@ _SERVER: Final = sql.SQL(
      WHERE datname = current_database()
     """
 )
+
+_WAITS_FOR: Final = sql.SQL("SELECT wait_event_type FROM pg_stat_activity WHERE pid = %(pid)s")
+
+_IDLE: Final = {"Activity", "Client"}
+"""What a walsender waits for that has nothing to send, or whose client does not read.
+
+https://www.postgresql.org/docs/current/monitoring-stats.html#WAIT-EVENT-TABLE
+"""
 
 _TABLE: Final = sql.SQL(
     """

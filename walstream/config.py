@@ -9,12 +9,15 @@ Mistakes are reported all at once, each with its key path, what was found and wh
 
 from __future__ import annotations
 
+import base64
+import itertools
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -23,6 +26,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -161,6 +165,21 @@ class RetainedWalConfig(_Section):
     warn_at_bytes: Bytes | None = 10 << 30
     stop_at_bytes: Bytes | None = None
     drop_slot_at_bytes: Bytes | None = None
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Self:
+        limits = [
+            (key, limit)
+            for key in ("warn_at_bytes", "stop_at_bytes", "drop_slot_at_bytes")
+            if (limit := getattr(self, key)) is not None
+        ]
+        for (lower, less), (higher, more) in itertools.pairwise(limits):
+            if less >= more:
+                default = "" if lower in self.model_fields_set else ", the default"
+                raise ValueError(
+                    f"found {higher} = {more}; allowed: more than {lower}, which is {less}{default}"
+                )
+        return self
 
 
 class StateConfig(_Section):
@@ -377,13 +396,199 @@ class StdoutSinkConfig(_Section):
 
 
 class FileSinkConfig(_Section):
-    """A file, one JSON object a line, fsynced before a change counts as taken."""
+    """A file, one JSON object a line, fsynced before a change counts as taken.
+
+    ``fsync``, which can say otherwise, and what is about rotation are explained in
+    `walstream.sinks.file.FileOptions`.
+    """
 
     type: Literal["file"]
     path: Path
+    fsync: Literal["always", "interval", "never"] = "always"
+    fsync_seconds: Seconds = 1.0
+    max_bytes: Bytes | None = None
+    max_age_seconds: Seconds | None = None
+    keep: int | None = Field(None, ge=1)
+    compress: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if "fsync_seconds" in self.model_fields_set and self.fsync != "interval":
+            raise ValueError(
+                'fsync_seconds is how often an interval ends: it needs fsync = "interval"'
+            )
+        is_rotated = self.max_bytes is not None or self.max_age_seconds is not None
+        if not is_rotated and (self.keep is not None or self.compress):
+            raise ValueError(
+                "keep and compress are about rotated files: they need max_bytes or max_age_seconds"
+            )
+        return self
 
 
-SinkConfig = Annotated[StdoutSinkConfig | FileSinkConfig, Field(discriminator="type")]
+def _listed(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+_SECRETS_SCHEMA: Final = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}],
+    "writeOnly": True,
+}
+
+SigningSecrets = Annotated[
+    tuple[SecretStr, ...],
+    Field(min_length=1),
+    BeforeValidator(_listed),
+    WithJsonSchema(_SECRETS_SCHEMA),
+]
+"""One secret of a webhook, or several while they are exchanged."""
+
+_WHSEC: Final = "whsec_"
+_SIGNING_KEY_BYTES: Final = range(24, 65)
+_HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*")
+_OWN_HEADERS: Final = {
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "host",
+    "transfer-encoding",
+    "webhook-id",
+    "webhook-signature",
+    "webhook-timestamp",
+}
+
+
+class WebhookSinkConfig(_Section):
+    """A receiver of changes by HTTP.
+
+    ``secret`` signs as Standard Webhooks do. What the other keys mean is explained in
+    `walstream.sinks.webhook.WebhookOptions` and `walstream.sinks.envelopes.Packing`.
+    """
+
+    type: Literal["webhook"]
+    url: SecretStr
+    headers: dict[str, SecretStr] = {}
+    secret: SigningSecrets | None = None
+    secret_file: Path | None = None
+    format: Literal["json", "ndjson", "cloudevents"] = "json"
+    source: str | None = Field(None, min_length=1)
+    max_changes: int = Field(100, ge=1)
+    max_request_bytes: Bytes = 1 << 20
+    timeout_seconds: Seconds = 30.0
+    connect_timeout_seconds: Seconds = 10.0
+    max_retry_after_seconds: Seconds = 300.0
+    proxy: SecretStr | None = None
+    ca_file: Path | None = None
+    verify: bool = True
+    allow_private_redirects: bool = False
+
+    @field_validator("url", "proxy")
+    @classmethod
+    def _is_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _verify_url(value.get_secret_value())
+        return value
+
+    @field_validator("headers")
+    @classmethod
+    def _are_headers(cls, value: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        for name, its_value in value.items():
+            if not _HEADER_NAME.fullmatch(name):
+                raise ValueError("found a name that no header can have")
+            if name.lower() in _OWN_HEADERS:
+                raise ValueError(f"{name} is set by walstream")
+            if not _HEADER_VALUE.fullmatch(its_value.get_secret_value()):
+                raise ValueError(f"the value of {name} is not one of printable ASCII characters")
+        return value
+
+    @field_validator("secret")
+    @classmethod
+    def _are_secrets(cls, value: tuple[SecretStr, ...] | None) -> tuple[SecretStr, ...] | None:
+        for secret in value or ():
+            _signing_key(secret.get_secret_value())
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("the secret is given twice, as secret and as secret_file")
+        if self.source is not None and self.format != "cloudevents":
+            raise ValueError('source is a key of CloudEvents: it needs format = "cloudevents"')
+        if not self.verify and self.ca_file is not None:
+            raise ValueError("verify = false makes no use of ca_file: leave one of them out")
+        return self
+
+    def signing_keys(self, name: str) -> tuple[bytes, ...]:
+        """Return the keys that requests are signed with; none when they are not signed.
+
+        Raises:
+            ConfigError: ``secret_file`` cannot be read, or holds something else.
+        """
+        if self.secret_file is None:
+            secrets = [secret.get_secret_value() for secret in self.secret or ()]
+        else:
+            secrets = _lines(f"sinks.{name}.secret_file", self.secret_file)
+        try:
+            return tuple(_signing_key(secret) for secret in secrets)
+        except ValueError as error:
+            raise ConfigError([f"sinks.{name}.secret_file: {error}"]) from None
+
+
+def _verify_url(text: str) -> None:
+    """Raise ValueError, without the text, if it is not a URL of HTTP."""
+    try:
+        url = urlsplit(text)
+        is_fine = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_fine = False
+    if not is_fine or re.search(r"[\s\x00-\x1f]", text):
+        raise ValueError("found a value; allowed: a URL that begins with http:// or https://")
+
+
+def _signing_key(secret: str) -> bytes:
+    """Return the key in a secret of Standard Webhooks.
+
+    Raises:
+        ValueError: there is none in it.
+    """
+    prefix, encoded = secret[: len(_WHSEC)], secret[len(_WHSEC) :]
+    try:
+        key = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        key = b""
+    if prefix != _WHSEC or len(key) not in _SIGNING_KEY_BYTES:
+        raise ValueError(
+            "found a value; allowed: whsec_ and 24 to 64 bytes in base64, as"
+            " echo whsec_$(openssl rand -base64 32) prints"
+        )
+    return key
+
+
+def _lines(key: str, file: Path) -> list[str]:
+    """Read a file of secrets, one a line."""
+    shown = (
+        "a value that looks like the secret" if str(file).startswith(_WHSEC) else str(file)
+    )
+    try:
+        lines = file.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigError([f"{key}: {shown} cannot be read: {why}"]) from None
+    if not lines:
+        raise ConfigError([f"{key}: {shown} is empty"])
+    return lines
+
+
+SinkConfig = Annotated[
+    StdoutSinkConfig | FileSinkConfig | WebhookSinkConfig, Field(discriminator="type")
+]
+
+_SINKS: Final[dict[str, type[_Section]]] = {
+    "stdout": StdoutSinkConfig,
+    "file": FileSinkConfig,
+    "webhook": WebhookSinkConfig,
+}
 
 
 class DeadLettersConfig(_Section):
@@ -613,7 +818,7 @@ def _dangling(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_SECRETS: Final = {"dsn", "replication_dsn", "key"}
+_SECRETS: Final = {"dsn", "replication_dsn", "key", "url", "headers", "secret", "proxy"}
 _SECRET_SECTIONS: Final = {"postgres", "masking", "transactional"}
 """In the place of a whole section, or of a file's name, the secret itself may have been put."""
 
@@ -652,13 +857,13 @@ def _problem(detail: Any) -> str:
     if kind == "missing":
         return f"{path}: is missing"
     if kind == "extra_forbidden":
-        return f"{path}: is not a key; allowed: {', '.join(_keys(location[:-1]))}"
+        return f"{path}: is not a key; allowed: {', '.join(_keys(detail['loc'][:-1]))}"
     if kind == "value_error":
         return f"{path}: {context['error']}"
     if kind == "union_tag_not_found":
-        return f"{path}.type: is missing; allowed: 'stdout' or 'file'"
+        return f"{path}.type: is missing; allowed: {_words(_SINKS)}"
     if kind == "union_tag_invalid":
-        return f"{path}.type: found {context['tag']!r}; allowed: {context['expected_tags']}"
+        return f"{path}.type: found {context['tag']!r}; allowed: {_words(_SINKS)}"
     found = "a value" if _may_be_secret(location) else repr(detail["input"])
     return f"{path}: found {found}; allowed: {_allowed(path, kind, context, detail['msg'])}"
 
@@ -666,6 +871,8 @@ def _problem(detail: Any) -> str:
 def _may_be_secret(location: tuple[int | str, ...]) -> bool:
     if location[-1:] == ("application_name",) or location == ("key",):  # of a handler's lanes
         return False
+    if location[0] == "sinks" and len(location) == 2:  # noqa: PLR2004 - in the place of a whole sink
+        return True
     return location[0] in _SECRET_SECTIONS or not _SECRETS.isdisjoint(location)
 
 
@@ -689,13 +896,19 @@ def _location(parts: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return (*parts[:2], *parts[3:]) if has_tag else parts
 
 
+def _words(words: Iterable[str]) -> str:
+    """Write a list: 'a', 'b' or 'c'."""
+    *others, last = [repr(word) for word in words]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def _path(location: tuple[int | str, ...]) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return text.removeprefix(".")
 
 
 def _keys(location: tuple[int | str, ...]) -> list[str]:
-    """List the keys that are allowed at a place."""
+    """List the keys that are allowed at a place, of a sink behind its type."""
     model: Any = Config
     match location:
         case ():
@@ -704,8 +917,8 @@ def _keys(location: tuple[int | str, ...]) -> list[str]:
             model = RouteConfig
         case ("routes", _, "columns"):
             model = ColumnsConfig
-        case ("sinks", _):
-            return ["type", "path"]
+        case ("sinks", _, str(kind)):
+            model = _SINKS[kind]
         case (str(section),):
             model = Config.model_fields[section].annotation
     return [field.alias or name for name, field in model.model_fields.items()]

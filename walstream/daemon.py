@@ -1,48 +1,70 @@
 """The composition root: builds the path of a change, and keeps it going.
 
-A session ends for a reason. Here, and only here, it is decided what the reason means: an
-`Unavailable` is waited out, everything else goes up to the caller.
+A session ends for a reason. What the reason means is decided in `recovery`; here it is carried out.
+Whatever else a process does for its whole life is started and ended here too: the eye on the slot,
+heartbeats, and the HTTP side.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
 
 from walstream.acknowledger import Acknowledger
-from walstream.assembly import Assembly, needs_everything
+from walstream.assembly import Assembly, Attached, needs_everything
 from walstream.backoff import Backoff
 from walstream.binding import Binding
-from walstream.catalog import Server
-from walstream.config import Config, MessageSpec, RouteSpec
-from walstream.connection import ReplicationConnection, SystemIdentity
-from walstream.decoder import START_OPTIONS, Decoder
-from walstream.destinations import Handler, Sink
+from walstream.changes import Relation
+from walstream.config import Config, RouteSpec
+from walstream.decoder import Decoder
+from walstream.delivery import Delivery
+from walstream.destinations import Sink
 from walstream.errors import (
     ConnectionLost,
-    PluginTooOld,
-    ServerShutdown,
-    SlotLost,
-    SlotMissing,
+    RetainedWalExceeded,
+    RoutesChanged,
+    ServerFailed,
     Unavailable,
     UsageError,
     WalstreamError,
 )
+from walstream.gateway import Gateway
+from walstream.heartbeat import Heartbeat
+from walstream.loop_watch import watch_loop
 from walstream.lsn import ZERO, Lsn
 from walstream.outlets import Held
 from walstream.postgres import python_encoding
-from walstream.preflight import verify_routes, verify_server
-from walstream.pushdown import PushedDown, push_down
+from walstream.preflight import verify_routes
+from walstream.pushdown import PushedDown
 from walstream.recording import Recorder, RecordingBinding
-from walstream.slots import create_slot, usable_slot
-from walstream.stream import STATUS_INTERVAL_SECONDS, Counts, LostChanges, Session
+from walstream.recovery import SERVER_FAILURES, Action, Decision, Pauses, decide
+from walstream.reload import exchange_sinks, verify_reloadable
+from walstream.router import Router
+from walstream.slot_watch import SlotWatch
+from walstream.source import Source, Started
+from walstream.stream import (
+    ASK_SECONDS,
+    STATUS_INTERVAL_SECONDS,
+    Counts,
+    LostChanges,
+    Session,
+    first_failure,
+)
+from walstream.vitals import LostCount, Phase, RouteVitals, Vitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
+
+PROBE_SECONDS: Final = 1.0
+"""How often a server that shuts down is looked at: it may only have ended our connection."""
 
 
 class RouteSummary(msgspec.Struct, frozen=True):
@@ -90,13 +112,14 @@ class Daemon:
     def __init__(  # noqa: PLR0913 - what a run is made of
         self,
         config: Config,
-        handlers: Sequence[tuple[RouteSpec | MessageSpec, Handler]] = (),
+        handlers: Sequence[Attached] = (),
         *,
         sinks: Sequence[tuple[RouteSpec, Sink]] = (),
         temporary_slot: bool = False,
         reconnect: bool = True,
         until: str | None = None,
         recorder: Recorder | None = None,
+        accept_gap: bool = False,
     ) -> None:
         """Build everything that needs no connection.
 
@@ -105,44 +128,83 @@ class Daemon:
             handlers: what was attached to the application.
             sinks: destinations besides those of the configuration.
             temporary_slot: stream from now on through a slot that ends with the connection.
-            reconnect: whether to wait out what is `Unavailable`.
+            reconnect: whether to go on after what can be waited out.
             until: an LSN, or ``now``.
             recorder: writes down what comes.
+            accept_gap: begin at the slot's position, whatever was confirmed before.
 
         Raises:
             UsageError: ``until`` is neither, or nothing is routed anywhere.
             ConfigError: a route cannot be made.
         """
         self._config = config
+        self._handlers = handlers
+        self._extra_sinks = sinks
         self._until_now = until == "now"
         self._until = None if until is None or self._until_now else _parse_until(until)
-        self._temporary_slot = temporary_slot
+        self._is_temporary = temporary_slot
         self._reconnect = reconnect
         self._recorder = recorder
-        assembly = Assembly(config, handlers, sinks=sinks)
-        self._sinks = assembly.sinks
-        self.router = assembly.router
-        self._catalog = assembly.catalog
-        self._targets = assembly.targets
-        self._parking = assembly.parking()
-        self._delivery = assembly.delivery(self._parking)
-        self._lost = LostChanges(self.router.covers)
+        self._assembly = Assembly(config, handlers, sinks=sinks)
+        self._catalog = self._assembly.catalog
+        self._parking = self._assembly.parking()
+        self._delivery = self._assembly.delivery(self._parking)
+        self._lost = LostChanges(self._covers)
+        self._source = Source(
+            config,
+            self._catalog,
+            is_temporary=temporary_slot,
+            accept_gap=accept_gap,
+            on_notice=self._lost.notice,
+        )
+        self._slot_watch = SlotWatch(self._catalog, config.slot.name, config.retained_wal)
+        self._heartbeat: Heartbeat | None = None
+        if config.stream.heartbeat_seconds is not None:
+            self._heartbeat = Heartbeat(
+                self._catalog,
+                config.slot.name,
+                interval_seconds=config.stream.heartbeat_seconds,
+            )
         self._acknowledger = Acknowledger(ZERO)
         self._counts = Counts()
         self._sessions = 0
+        self._reconnects: Counter[str] = Counter()
+        self._reloads: Counter[bool] = Counter()
+        self._reloading = asyncio.Lock()
         self._session: Session | None = None
-        self._stopped = asyncio.Event()
-        self._numbers_as_strings = True
-        self._systemid: str | None = None
+        self._started: Started | None = None
         self._attempt: asyncio.Task[None] | None = None
+        self._stopped = asyncio.Event()
+        self._failure: WalstreamError | None = None
+        self._next: _Reload | None = None
+        self._phase, self._phase_since, self._reason = Phase.CONNECTING, time.monotonic(), ""
+        self._caught_up_at = time.time()
+        self._letters: int | None = None
 
-    def stop(self) -> None:
-        """Finish the transaction that is being delivered, confirm what is taken, and return."""
+    # What others ask and tell
+
+    @property
+    def router(self) -> Router:
+        """The routes, with what they have counted."""
+        return self._assembly.router
+
+    def _covers(self, relation: Relation) -> bool:
+        return self.router.covers(relation)
+
+    def stop(self, because: WalstreamError | None = None) -> None:
+        """Finish the transaction that is being delivered, confirm what is taken, and return.
+
+        Args:
+            because: raised by `run` then, when it is not a stop that was wished for.
+        """
+        self._failure = self._failure or because
         self._stopped.set()
         if self._session is not None:
+            self._enter(Phase.STOPPING)
             self._session.stop()
         elif self._attempt is not None:
-            self._attempt.cancel()  # still connecting: there is nothing to finish
+            self._source.abandon()  # still connecting: there is nothing to finish
+            self._attempt.cancel()
 
     def crash(self) -> None:
         """End as a killed process would: nothing more is confirmed, `run` is cancelled.
@@ -154,10 +216,34 @@ class Daemon:
         if self._attempt is not None:
             self._attempt.cancel()
 
+    async def reload(self, config: Config) -> None:
+        """Go on with the routes, sinks and failure policies of another configuration.
+
+        The stream is not left, unless the new routes need what the server was not asked for: then
+        it begins anew at once, from where it was. Either everything is changed or nothing.
+
+        Raises:
+            WalstreamError: it cannot be used; all goes on as it was.
+        """
+        async with self._reloading:
+            try:
+                await self._reload(config)
+            except WalstreamError:
+                self._reloads[False] += 1
+                raise
+            self._reloads[True] += 1
+
+    async def reopen_sinks(self) -> None:
+        """Let sinks that want to open anew what they write to, as after logrotate."""
+        for sink in self._assembly.sinks:
+            reopen = getattr(sink, "reopen", None)
+            if reopen is not None:
+                await reopen()
+
     @property
     def is_ready(self) -> bool:
-        """Whether it streams, and no handler is stuck."""
-        return self._session is not None and not self._delivery.is_stuck
+        """Whether changes get through."""
+        return self.vitals().is_ready
 
     @property
     def held(self) -> Held | None:
@@ -194,6 +280,77 @@ class Daemon:
             ),
         )
 
+    def vitals(self) -> Vitals:
+        """Say how the process is at this moment."""
+        now, session, delivery = time.monotonic(), self._session, self._delivery
+        stalled_seconds, stalled_because = self._stalled(now)
+        received_lsn = self.flush_lsn if session is None else session.received_lsn
+        server_lsn = received_lsn if session is None else session.server_lsn
+        stream = self._config.stream
+        return Vitals(
+            phase=self._phase,
+            phase_seconds=now - self._phase_since,
+            slot_name=self._config.slot.name,
+            is_ready=self._phase is Phase.STREAMING
+            and stalled_seconds < stream.stalled_after_seconds,
+            is_alive=delivery.stalled(now)[0] < stream.stuck_after_seconds,
+            reason=self._reason,
+            stalled_seconds=stalled_seconds,
+            stalled_because=stalled_because,
+            received_lsn=received_lsn,
+            flush_lsn=self.flush_lsn,
+            server_lsn=server_lsn,
+            lag_bytes=max(0, server_lsn - self.flush_lsn),
+            lag_seconds=self._lag_seconds(),
+            in_flight_changes=delivery.in_flight,
+            in_flight_bytes=delivery.in_flight_bytes,
+            in_flight_transactions=self._acknowledger.in_flight,
+            transactions=self._counts.transactions,
+            changes_received=self._counts.changes,
+            messages=self._counts.messages,
+            sessions=self._sessions,
+            reconnects=dict(self._reconnects),
+            reloads=self._reloads[True],
+            reloads_refused=self._reloads[False],
+            slot=self._slot_watch.vitals,
+            changes=self.router.change_counts(),
+            dead_letters=self._letters,
+            lost=tuple(
+                LostCount(table, operation, count)
+                for (operation, table), count in self._lost.counts.items()
+            ),
+            routes=tuple(
+                RouteVitals(route.name, counts.matched, counts.filtered, counts.absent)
+                for route, counts in self.router.counted()
+            ),
+            destinations=delivery.destinations(),
+        )
+
+    def _stalled(self, now: float) -> tuple[float, str]:
+        """Say how long changes have not got through although there is work, and why."""
+        session = self._session
+        if session is None or self._phase is not Phase.STREAMING:
+            return 0.0, ""
+        causes = [
+            self._delivery.stalled(now),
+            (session.standstill_seconds(now), "changes wait, and the watermark stands still"),
+        ]
+        silent_seconds = session.silent_seconds
+        if silent_seconds > ANSWER_SECONDS:
+            causes.append((silent_seconds, "the server says nothing, although it was asked"))
+        return max(causes)
+
+    def _lag_seconds(self) -> float:
+        """Return the age of the oldest change that is not acknowledged, by the server's clock."""
+        oldest, now = self._acknowledger.oldest, time.time()
+        if oldest is not None and oldest.transaction is not None:
+            return max(0.0, now - oldest.transaction.commit_time.timestamp())
+        if self._phase is Phase.STREAMING:
+            self._caught_up_at = now
+        return now - self._caught_up_at
+
+    # The life of the process
+
     async def run(self) -> Summary:
         """Stream until `stop`, or until the wished position is acknowledged.
 
@@ -201,35 +358,157 @@ class Daemon:
             WalstreamError: what cannot be waited out.
         """
         async with AsyncExitStack() as opened:
+            opened.push_async_callback(self._close)
+            opened.enter_context(
+                watch_loop(asyncio.get_running_loop(), self._config.stream.stuck_after_seconds)
+            )
+            if self._config.http.listen is not None:
+                await opened.enter_async_context(
+                    Gateway.open(self._config.http.listen, self.vitals)
+                )
+            if self._parking is not None:
+                await self._parking.open()
+            for sink in self._assembly.sinks:
+                await sink.open()
+            await self._source.prepare()
+            await self._stream_in_company()
+        self._enter(Phase.STOPPED)
+        if self._failure is not None:
+            raise self._failure
+        return self.summary()
+
+    async def _close(self) -> None:
+        """Let go of everything that the process has opened, in the order in which it is used."""
+        async with AsyncExitStack() as opened:
             opened.callback(self._delivery.close)
             opened.push_async_callback(self._catalog.close)
-            for target in self._targets.values():
+            for target in self._assembly.targets.values():
                 opened.push_async_callback(target.close)
             if self._parking is not None:
                 opened.push_async_callback(self._parking.close)
-                await self._parking.open()
-            for sink in self._sinks:
-                await sink.open()
+            for sink in self._assembly.sinks:
                 opened.push_async_callback(sink.close)
-            await self._keep_streaming()
-        return self.summary()
+
+    async def _stream_in_company(self) -> None:
+        """Stream, beside what else a process does for as long as it streams."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                companions = [group.create_task(one) for one in self._companions()]
+                await self._keep_streaming()
+                for task in companions:
+                    task.cancel()
+        except ExceptionGroup as failures:
+            first = first_failure(failures)
+            raise first from first.__cause__
+
+    def _companions(self) -> list[Coroutine[Any, Any, None]]:
+        companions = [self._count_letters()]
+        if not self._is_temporary:
+            companions += [self._watch_slot(), self._record()]
+        if self._heartbeat is not None:
+            companions.append(self._heartbeat.run())
+        return companions
+
+    async def _watch_slot(self) -> None:
+        try:
+            await self._slot_watch.run()
+        except RetainedWalExceeded as exceeded:
+            self.stop(because=exceeded)
+
+    async def _record(self) -> None:
+        """Write down what is confirmed."""
+        while True:
+            await asyncio.sleep(RECORD_SECONDS)
+            await self._source.record(self.flush_lsn)
+
+    async def _count_letters(self) -> None:
+        while True:
+            if self._parking is not None:
+                with contextlib.suppress(WalstreamError):  # delivery tells when it needs the store
+                    self._letters = await self._parking.count()
+            await asyncio.sleep(COUNT_SECONDS)
 
     async def _keep_streaming(self) -> None:
         failures = 0
         while not self._stopped.is_set():
-            before = self._acknowledger.flush_lsn
+            before = self.flush_lsn
+            await self._adopt_next()
             try:
                 await self._attempt_stream()
-            except Unavailable as reason:
-                if not self._reconnect:
-                    raise
-                failures = failures + 1 if self._acknowledger.flush_lsn == before else 1
-                await self._wait_out(reason, failures)
+            except WalstreamError as reason:
+                failures = failures + 1 if self.flush_lsn == before else 1
+                decision = decide(reason, failures, self._pauses())
+                if decision.action is Action.STOP or not self._reconnect:
+                    raise _at_position(reason, failures, self.flush_lsn) from reason.__cause__
+                await self._wait_out(reason, decision)
             else:
-                return
+                break
+        await self._source.record(self.flush_lsn)
+        if isinstance(self._failure, RetainedWalExceeded) and self._failure.drop:
+            await self._slot_watch.drop()
+
+    def _pauses(self) -> Pauses:
+        stream = self._config.stream
+        return Pauses(
+            Backoff(stream.reconnect_seconds, stream.max_reconnect_seconds),
+            stream.after_shutdown_seconds,
+            stream.standby_poll_seconds,
+        )
+
+    async def _wait_out(self, reason: WalstreamError, decision: Decision) -> None:
+        """Pause before the next attempt, or until `stop`."""
+        is_new = (self._phase, self._reason) != (Phase.STANDING_BY, reason.message)
+        if decision.action is Action.STAND_BY:
+            if is_new:
+                log.info("standing_by", error=reason.message, then=decision.sentence)
+                self._reconnects[type(reason).__name__] += 1
+            self._enter(Phase.STANDING_BY, reason.message)
+            await self._pause(decision.pause_seconds)
+            return
+        self._reconnects[type(reason).__name__] += 1
+        log.warning(
+            "reconnecting",
+            reason=type(reason).__name__,
+            error=reason.message,
+            hint=reason.hint,
+            then=decision.sentence,
+            pause_seconds=round(decision.pause_seconds, 2),
+        )
+        self._enter(Phase.WAITING, reason.message)
+        if decision.action is Action.LEAVE_ALONE:
+            await self._leave_alone(decision.pause_seconds)
+        else:
+            await self._pause(decision.pause_seconds)
+
+    async def _leave_alone(self, seconds: float) -> None:
+        """Pause, unless the server answers as if nothing were: it only ended our connection."""
+        deadline = time.monotonic() + seconds
+        while (rest := deadline - time.monotonic()) > 0 and not self._stopped.is_set():
+            await self._pause(min(PROBE_SECONDS, rest))
+            try:
+                await self._catalog.probe()
+            except WalstreamError:
+                continue
+            return
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopped.wait()
+        except TimeoutError:
+            pass
+
+    def _enter(self, phase: Phase, reason: str = "") -> None:
+        if phase is not self._phase:
+            self._phase_since = time.monotonic()
+        self._phase, self._reason = phase, reason
+
+    # One session
 
     async def _attempt_stream(self) -> None:
         """Stream through one connection, or return when `stop` comes before it streams."""
+        sessions = self._sessions
+        self._enter(Phase.CONNECTING, self._reason)
         self._attempt = asyncio.create_task(self._stream())
         try:
             await self._attempt
@@ -237,199 +516,187 @@ class Daemon:
             task = asyncio.current_task()
             if not self._stopped.is_set() or (task is not None and task.cancelling()):
                 raise
+        except Unavailable:
+            if not self._stopped.is_set() or self._sessions > sessions:
+                raise
         finally:
             self._attempt = None
 
-    async def _wait_out(self, reason: Unavailable, failures: int) -> None:
-        """Pause before the next attempt, longer each time, or until `stop`."""
-        stream = self._config.stream
-        backoff = Backoff(stream.reconnect_seconds, stream.max_reconnect_seconds)
-        seconds = backoff.pause_seconds(failures)
-        if isinstance(reason, ServerShutdown):
-            seconds = stream.after_shutdown_seconds
-        log.warning(
-            "reconnecting",
-            reason=type(reason).__name__,
-            error=reason.message,
-            hint=reason.hint,
-            pause_seconds=round(seconds, 2),
-        )
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stopped.wait()
-        except TimeoutError:
-            pass
-
     async def _stream(self) -> None:
         """Stream through one connection."""
-        config = self._config
-        server = await self._catalog.server()
-        verify_server(server)
-        await verify_routes(self._catalog, self.router.routes)
-        if self._until_now and self._until is None:
-            self._until = server.flush_lsn
-        async with await ReplicationConnection.open(
-            config.postgres.streaming_dsn(),
-            application_name=config.postgres.application_name,
-            on_notice=self._lost.notice,
-        ) as connection:
-            identity = await self._recognise(connection)
-            history = await self._timeline_history(connection, identity.timeline)
-            pushed_down = await self._pushed_down()
-            await self._catalog.partitions_changed()
-            confirmed = await self._start(connection, {**START_OPTIONS, **pushed_down.options})
-            for target in self._targets.values():
-                # Asked now that the slot is ours: whoever had it before records nothing any more.
-                flush_lsn = (await self._catalog.server()).flush_lsn
-                await target.open(
-                    systemid=identity.systemid,
-                    flush_lsn=flush_lsn,
-                    timeline=identity.timeline,
-                    history=history,
-                )
-            self._acknowledger = Acknowledger(confirmed)
+        everything = needs_everything(self.router)
+        async with self._source.streaming(self.router, everything=everything) as started:
+            if self._until_now and self._until is None:
+                self._until = started.server.flush_lsn
+            await self._open_targets(started)
+            self._acknowledger = Acknowledger(started.confirmed)
             self._delivery.attach(self._acknowledger)
-            binding = self._binding(server, pushed_down)
+            session = self._new_session(started)
             self._sessions += 1
             log.info(
                 "streaming",
-                slot=config.slot.name,
-                confirmed_flush_lsn=str(confirmed),
-                routes=len(self.router.routes) + len(self.router.message_routes),
+                slot=self._config.slot.name,
+                confirmed_flush_lsn=str(started.confirmed),
+                routes=len(self._assembly.routes),
             )
-            self._session = Session(
-                connection,
-                self._catalog,
-                binding,
-                self._delivery,
-                self._acknowledger,
-                self._counts,
-                check_routes=partial(self._check_pushed_down, pushed_down),
-                drain_seconds=config.stream.drain_seconds,
-                release_after_seconds=config.stream.release_after_seconds,
-                status_interval_seconds=_status_interval(server.wal_sender_timeout_seconds),
-                until=self._until,
-            )
+            self._session, self._started = session, started
+            self._enter(Phase.STREAMING)
+            if self._next is not None:  # reloaded while it was being connected
+                session.stop(because=RoutesChanged(_ROUTES_CHANGED))
             try:
-                await self._session.run()
+                await session.run()
             finally:
-                self._session = None
-                log.info("stream_ended", flush_lsn=str(self._acknowledger.flush_lsn))
+                self._session = self._started = None
+                log.info("stream_ended", flush_lsn=str(self.flush_lsn))
 
-    def _binding(self, server: Server, pushed_down: PushedDown) -> Binding:
-        decoder = Decoder(encoding=python_encoding(server.encoding))
-        follow = pushed_down.follow_partitions
+    async def _open_targets(self, started: Started) -> None:
+        for target in self._assembly.targets.values():
+            # Asked now that the slot is ours: whoever had it before records nothing any more.
+            flush_lsn = (await self._catalog.server()).flush_lsn
+            await target.open(
+                systemid=started.identity.systemid,
+                flush_lsn=flush_lsn,
+                timeline=started.identity.timeline,
+                history=started.history,
+            )
+
+    def _new_session(self, started: Started) -> Session:
+        stream = self._config.stream
+        return Session(
+            started.connection,
+            self._catalog,
+            self._binding(started, self.router),
+            self._delivery,
+            self._acknowledger,
+            self._counts,
+            check_routes=partial(self._check_pushed_down, started),
+            on_message=None if self._heartbeat is None else self._heartbeat.received,
+            drain_seconds=stream.drain_seconds,
+            release_after_seconds=stream.release_after_seconds,
+            receive_timeout_seconds=stream.receive_timeout_seconds,
+            status_interval_seconds=_status_interval(started.server.wal_sender_timeout_seconds),
+            until=self._until,
+        )
+
+    def _binding(self, started: Started, router: Router) -> Binding:
+        decoder = Decoder(encoding=python_encoding(started.server.encoding))
+        follow = started.pushed_down.follow_partitions
         if self._recorder is None:
-            return Binding(self._catalog, decoder, self.router, follow_partitions=follow)
+            return Binding(self._catalog, decoder, router, follow_partitions=follow)
         return RecordingBinding(
             self._catalog,
             decoder,
-            self.router,
+            router,
             follow_partitions=follow,
             recorder=self._recorder,
         )
 
-    async def _slot(self, connection: ReplicationConnection) -> Lsn:
-        """Find the slot, or create it when that is wished; return its position."""
-        name = self._config.slot.name
-        if self._temporary_slot:
-            created = await create_slot(connection, self._catalog, name, temporary=True)
-            return created.consistent_point
-        try:
-            status = await usable_slot(self._catalog, name)
-        except SlotMissing:
-            if self._sessions:
-                message = f"the slot {name} was there and is gone: changes since then are missing"
-                raise SlotLost(
-                    message,
-                    hint="somebody dropped it, or this is another server after a failover; create"
-                    " it again, and bring what is missing over by other means",
-                ) from None
-            if not self._config.slot.create:
-                raise
-            return (await create_slot(connection, self._catalog, name)).consistent_point
-        confirmed = status.confirmed_flush_lsn or ZERO
-        if self._sessions and confirmed > self._acknowledger.flush_lsn:
-            log.warning(
-                "slot_moved",
-                slot=name,
-                flush_lsn=str(self._acknowledger.flush_lsn),
-                confirmed_flush_lsn=str(confirmed),
-                hint="another process has streamed from it, or advanced it, in between",
-            )
-        return confirmed
-
-    async def _recognise(self, connection: ReplicationConnection) -> SystemIdentity:
-        """Ask which cluster it is; refuse another one than that which was begun with."""
-        identity = await connection.identify_system()
-        systemid = identity.systemid
-        if self._systemid not in {None, systemid}:
-            message = (
-                f"the server is the cluster {systemid}, and was {self._systemid} before: its slot"
-                " knows nothing of what was confirmed"
-            )
-            raise SlotLost(message, hint="check the dsn; start anew if this is intended")
-        self._systemid = systemid
-        return identity
-
-    async def _timeline_history(
-        self, connection: ReplicationConnection, timeline: int
-    ) -> tuple[tuple[int, Lsn], ...]:
-        """Ask for what transactional handlers compare their positions with; the first has none."""
-        if not self._targets or timeline == 1:
-            return ()
-        return await connection.timeline_history(timeline)
-
-    async def _pushed_down(self) -> PushedDown:
-        return push_down(
-            self.router.routes,
-            await self._catalog.partitioned(),
-            everything=needs_everything(self.router),
-        )
-
-    async def _check_pushed_down(self, pushed_down: PushedDown) -> None:
+    async def _check_pushed_down(self, started: Started) -> None:
         """End the session when a routed table has become a partitioned one.
 
         The server was asked for the table alone and does not send its partitions.
         """
         try:
-            now = await self._pushed_down()
+            now = await self._pushed_down(self.router)
         except WalstreamError:
             return  # asked again soon; the stream itself shows how the server is
-        if now != pushed_down:
+        if now != started.pushed_down:
             log.error(
                 "routed_table_partitioned",
-                since=str(self._acknowledger.flush_lsn),
+                since=str(self.flush_lsn),
                 hint="a routed table was replaced by a partitioned one while streaming: changes of"
                 " its partitions in the last seconds may be missing",
             )
             raise ConnectionLost("a routed table has become a partitioned one: streaming anew")
 
-    async def _start(self, connection: ReplicationConnection, options: dict[str, str]) -> Lsn:
-        """Start with the options that the installed wal2json knows; return the slot's position.
+    async def _pushed_down(self, router: Router) -> PushedDown:
+        return await self._source.push_down(router, everything=needs_everything(router))
 
-        Without ``numeric-data-types-as-string``, which came with wal2json 2.6, NaN and infinity in
-        float and numeric columns arrive as null.
+    # Other routes
+
+    async def _reload(self, config: Config) -> None:
+        verify_reloadable(self._config, config)
+        assembly = Assembly(config, self._handlers, sinks=self._extra_sinks, before=self._assembly)
+        await verify_routes(self._catalog, assembly.router.routes)
+        adopted = asyncio.get_running_loop().create_future()
+        self._next = _Reload(config, assembly, adopted)
+        session, started = self._session, self._started
+        if session is not None and started is not None:
+            if await self._pushed_down(assembly.router) == started.pushed_down:
+                session.exchange(partial(self._exchange, started))
+                await asyncio.wait([adopted], timeout=self._config.stream.drain_seconds)
+            if not adopted.done():
+                session.stop(because=RoutesChanged(_ROUTES_CHANGED))
+        await adopted
+
+    async def _exchange(self, started: Started) -> tuple[Binding, Delivery]:
+        """Make what the session goes on with: what it had, when the new sinks cannot be opened."""
+        await self._adopt_next()
+        self._delivery.attach(self._acknowledger)
+        return self._binding(started, self.router), self._delivery
+
+    async def _adopt_next(self) -> None:
+        """Take over what was made for a reload, if there is something, or say why not."""
+        reload, self._next = self._next, None
+        if reload is None:
+            return
+        try:
+            await self._adopt(reload.assembly)
+        except WalstreamError as error:
+            reload.adopted.set_exception(error)
+        else:
+            self._config = reload.config
+            reload.adopted.set_result(None)
+
+    async def _adopt(self, new: Assembly) -> None:
+        """Take over other routes and sinks.
+
+        Raises:
+            WalstreamError: a sink cannot be opened; all is as it was.
         """
-        name = self._config.slot.name
-        confirmed = await self._slot(connection)
-        if self._numbers_as_strings:
-            try:
-                await connection.start(name, {**options, "numeric-data-types-as-string": "1"})
-            except PluginTooOld:
-                self._numbers_as_strings = False
-                log.info(
-                    "plugin_limited",
-                    missing="numeric-data-types-as-string",
-                    hint="before wal2json 2.6 NaN and infinity in float and numeric columns arrive"
-                    " as null",
-                )
-                if self._temporary_slot:  # an error ends the temporary slots of its session
-                    confirmed = await self._slot(connection)
-            else:
-                return confirmed
-        await connection.start(name, options)
-        return confirmed
+        parking = self._parking
+        if parking is None:
+            parking = new.parking()
+            if parking is not None:
+                await parking.open()
+        await exchange_sinks(self._assembly.sinks, new.sinks)
+        new.router.adopt_counts(self.router)
+        delivery = new.delivery(parking)
+        delivery.adopt(self._delivery)
+        self._delivery.close()
+        self._assembly, self._parking, self._delivery = new, parking, delivery
+
+
+class _Reload(NamedTuple):
+    """What a reload has made, and where it is told how it went."""
+
+    config: Config
+    assembly: Assembly
+    adopted: asyncio.Future[None]
+
+
+ANSWER_SECONDS: Final = 2 * ASK_SECONDS
+"""After so much silence the server has been asked for a sign of life, and has not given one."""
+
+COUNT_SECONDS: Final = 10.0
+"""How often the dead letters are counted."""
+
+RECORD_SECONDS: Final = 1.0
+"""How often it is written down what is confirmed."""
+
+_ROUTES_CHANGED: Final = "the routes were reloaded and need other tables: streaming anew"
+
+
+def _at_position(reason: WalstreamError, failures: int, flush_lsn: Lsn) -> WalstreamError:
+    """Say of a failure of the server that it comes again and again, and how to get past it."""
+    if not isinstance(reason, ServerFailed) or failures < SERVER_FAILURES:
+        return reason
+    return ServerFailed(
+        f"{reason.message}; so it ended {failures} times in a row, each time after {flush_lsn}",
+        hint="what follows that position cannot be sent, such as a row that is too large for"
+        " wal2json: route other tables by name, so that this one is not asked for, or give the"
+        " transaction up with walstream slot advance --to <LSN behind it>",
+    )
 
 
 def _parse_until(text: str) -> Lsn:

@@ -8,6 +8,7 @@ told to the acknowledger, which alone decides what may be confirmed.
 from __future__ import annotations
 
 import sysconfig
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 import structlog
 
 from walstream.acknowledger import Acknowledger
-from walstream.calls import Target, caller_of
+from walstream.calls import CallClock, Target, caller_of
 from walstream.destinations import Destination
 from walstream.errors import WalstreamError
 from walstream.flow import Flow, Halt, Handed
@@ -31,6 +32,7 @@ from walstream.outlets import (
     run_together,
 )
 from walstream.parking import Parking
+from walstream.vitals import DestinationVitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.delivery")
 
@@ -115,10 +117,43 @@ class Delivery:
         return self._flow.changes
 
     @property
+    def in_flight_bytes(self) -> int:
+        """How large the records of the changes in flight are."""
+        return self._flow.size_bytes
+
+    def adopt(self, other: Delivery) -> None:
+        """Count on for the destinations of a delivery whose place this one takes."""
+        for destination, outlet in self._outlets.items():
+            before = other._outlets.get(destination)
+            if before is not None:
+                outlet.adopt(before)
+
+    @property
     def held(self) -> Held | None:
         """The call that lasts longest, if there is one."""
         held = [outlet.held for outlet in self._outlets.values()]
         return min((one for one in held if one is not None), key=_since, default=None)
+
+    def stalled(self, now: float) -> tuple[float, str]:
+        """Say how long a destination has been at the change that it has held longest, and why.
+
+        Retries and their pauses count from the first attempt on; see `Outlet.stalled`.
+
+        Args:
+            now: monotonic seconds.
+
+        Returns:
+            Seconds, and a sentence without a row's value; 0 and nothing when none is at anything.
+        """
+        return max((outlet.stalled(now) for outlet in self._outlets.values()), default=(0.0, ""))
+
+    def destinations(self) -> tuple[DestinationVitals, ...]:
+        """Say how each destination is; those of one name together."""
+        by_name: dict[str, list[Outlet]] = {}
+        for outlet in self._outlets.values():
+            by_name.setdefault(outlet.name, []).append(outlet)
+        now, counts = time.monotonic(), self.counts
+        return tuple(_vitals(name, ways, counts[name], now) for name, ways in by_name.items())
 
     @property
     def is_stuck(self) -> bool:
@@ -262,6 +297,18 @@ _LIBRARIES: Final = tuple(
     | {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
 )
 """Where errors are raised that a handler's own line leads to: that line is told."""
+
+
+def _vitals(
+    name: str, ways: Sequence[Outlet], counts: OutletCounts, now: float
+) -> DestinationVitals:
+    return DestinationVitals(
+        name,
+        **msgspec.structs.asdict(counts),
+        waiting=sum(outlet.waiting for outlet in ways),
+        held_seconds=max(outlet.stalled(now)[0] for outlet in ways),
+        calls=CallClock.together(outlet.clock for outlet in ways),
+    )
 
 
 def _since(held: Held) -> float:

@@ -16,11 +16,14 @@
     │   ├── SlotExists              a slot of that name is there already
     │   ├── SlotUnfit               the slot belongs to another database or output plugin
     │   ├── SlotLost                the slot exists and can never stream again: changes are lost
+    │   ├── HistoryForked           the server's history parts from what was confirmed
+    │   ├── RetainedWalExceeded     the slot retains more WAL than the configuration allows
     │   ├── ProgressUnfit           what a transactional route has recorded is of another source
     │   └── ServerProgramsMissing   a private cluster was asked for and PostgreSQL is not installed
     ├── Unavailable                 nobody yet: wait and try again                    exit 75
     │   ├── ConnectionLost          the connection was cut or could not be opened
     │   ├── ServerShutdown          the server ends the stream because it shuts down
+    │   ├── RoutesChanged           other routes were loaded, which need what was not asked for
     │   ├── SlotBusy                another process streams from the slot
     │   ├── SlotExhausted           no free replication slot or walsender at this moment
     │   ├── SlotCreationBlocked     the slot waits for transactions that do not end
@@ -140,6 +143,18 @@ class SlotLost(SetupError):
     """The replication slot was invalidated: the WAL that it needs is gone."""
 
 
+class HistoryForked(SetupError):
+    """The server does not know what was confirmed: it was restored, or promoted too early."""
+
+
+class RetainedWalExceeded(SetupError):
+    """The slot retains more WAL than the configuration lets it; ``drop`` says to drop it."""
+
+    def __init__(self, message: str, *, hint: str = "", drop: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.drop = drop
+
+
 class ProgressUnfit(SetupError):
     """What a transactional route has recorded belongs to another cluster, or to its lost future."""
 
@@ -162,8 +177,18 @@ class ServerShutdown(Unavailable):
     """The server shuts down, or ended the connection on an administrator's command."""
 
 
+class RoutesChanged(Unavailable):
+    """The stream ends and begins anew at once, because reloaded routes need other tables."""
+
+
 class SlotBusy(Unavailable):
-    """Another process streams from the slot."""
+    """Another process streams from the slot, and has confirmed so much of it."""
+
+    def __init__(
+        self, message: str, *, hint: str = "", confirmed_flush_lsn: int | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.confirmed_flush_lsn = confirmed_flush_lsn
 
 
 class SlotExhausted(Unavailable):

@@ -13,7 +13,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -21,7 +21,16 @@ import msgspec
 import structlog
 
 from walstream.acknowledger import Ticket
-from walstream.calls import PASSING, Caller, NotRun, Slot, ThreadCaller, verify_finished
+from walstream.calls import (
+    PASSING,
+    QUICK_SECONDS,
+    CallClock,
+    Caller,
+    NotRun,
+    Slot,
+    ThreadCaller,
+    verify_finished,
+)
 from walstream.changes import Change, Message
 from walstream.destinations import Destination, Handler, HandlerOptions, Item
 from walstream.errors import (
@@ -137,6 +146,14 @@ class Held(msgspec.Struct, frozen=True):
         return ", ".join(f"{table} {values.decode()}" for table, values in keys)
 
 
+class _Delay(msgspec.Struct, eq=False):
+    """What keeps a change besides a first call, and since when; ``note`` says what it is."""
+
+    item: Item
+    since: float
+    note: str
+
+
 class Outlet(ABC):
     """What waits for one destination. Subclasses say what is given to it at once."""
 
@@ -149,7 +166,9 @@ class Outlet(ABC):
         self._options = (
             destination.options if isinstance(destination, Handler) else HandlerOptions()
         )
-        self._slots = [Slot()]
+        self.clock = CallClock()
+        self._slots = [Slot(self.clock)]
+        self._delays: list[_Delay] = []
         self._waiting: deque[Handed] = deque()
         self._news = asyncio.Event()
         self._visible_xid = 0
@@ -159,6 +178,17 @@ class Outlet(ABC):
         self._has_let_go = False
         self._dropped_from: Lsn | None = None
         self._running: set[asyncio.Task[None]] = set()
+
+    def adopt(self, before: Outlet) -> None:
+        """Take over from the outlet that led to the same destination before a reload.
+
+        It counts on, and knows of a call that does not end when it is told to: that one must return
+        before the destination is called again. The other outlet is of no use afterwards.
+        """
+        self.counts, self.clock = before.counts, before.clock
+        self._slots, self._running = before._slots, before._running
+        self.caller, before.caller = before.caller, self.caller
+        self.clock.go_on_from(before.clock)
 
     @property
     def wants_more(self) -> bool:
@@ -186,6 +216,30 @@ class Outlet(ABC):
         if item is None:  # its thread has just finished it
             return None
         return Held(self.name, item, slot.since, slot, self._options.key)
+
+    def stalled(self, now: float) -> tuple[float, str]:
+        """Say how long it has been at the change that it has held longest, and why.
+
+        That is a call, or all attempts with the pauses between them, or what comes before and after
+        them. A batch that waits for more is not held up.
+
+        Args:
+            now: monotonic seconds.
+
+        Returns:
+            Seconds, and a sentence without a row's value; 0 and nothing when it is at nothing.
+        """
+        held = self.held
+        delays = [*self._delays]
+        if held is not None:
+            delays.insert(0, _Delay(held.item, held.since, ""))
+        if not delays:
+            return 0.0, ""
+        delay = min(reversed(delays), key=_since)  # of a call and its attempts the latter
+        seconds = max(now - delay.since, 0.0)
+        kind = "handler" if isinstance(self.destination, Handler) else "sink"
+        note = f" ({delay.note})" if delay.note else ""
+        return seconds, f"{kind} {self.name} has held {_what(delay.item)} for {seconds:.0f} s{note}"
 
     @property
     def waiting(self) -> int:
@@ -229,7 +283,7 @@ class Outlet(ABC):
             await asyncio.wait(self._running)
         self._is_running()
         for slot in self._slots:
-            slot.end()
+            slot.clear()
         try:
             await self._work()
         except _CutShort:
@@ -252,6 +306,16 @@ class Outlet(ABC):
         if not self.caller.is_busy and self._running <= {asyncio.current_task()}:
             for slot in self._slots:
                 slot.clear()
+
+    @contextlib.contextmanager
+    def _delayed(self, item: Item, note: str, since: float | None = None) -> Iterator[_Delay]:
+        """Note what keeps a change while the block runs."""
+        delay = _Delay(item, time.monotonic() if since is None else since, note)
+        self._delays.append(delay)
+        try:
+            yield delay
+        finally:
+            self._delays.remove(delay)
 
     # What is in flight
 
@@ -440,10 +504,11 @@ class Outlet(ABC):
             self._verify_first(entry, before)
         # What a transactional handler has applied comes again after a crash: parked, a replay would
         # apply it once more. Where the letters are gone, a replay may just have applied it.
-        if await self._is_applied(unit):
-            return True
-        if not await parking.park(parts):
-            return await self._is_applied(unit)
+        with self._delayed(unit[0][1], "it is being parked"):
+            if await self._is_applied(unit):
+                return True
+            if not await parking.park(parts):
+                return await self._is_applied(unit)
         self.counts.parked += len(unit)
         self._take(unit)
         return True
@@ -482,7 +547,8 @@ class Outlet(ABC):
             return
         transaction = item.transaction
         if transaction is not None and transaction.xid != self._visible_xid:
-            await self._services.wait_until_visible(transaction.xid)
+            with self._delayed(item, "until other sessions see it"):
+                await self._services.wait_until_visible(transaction.xid)
             self._visible_xid = transaction.xid
 
     # What is called, and what then
@@ -545,28 +611,32 @@ class Outlet(ABC):
         policy = _policy(unit[0])
         started = slot.since
         outages = 0
-        while True:
-            is_outage = self._is_outage(error)
-            if is_outage:  # not the change's fault: it is waited out, and is no attempt
-                attempts -= 1
-                outages += 1
-                pause: float | None = policy.backoff.pause_seconds(outages)
-            else:
-                pause = self._pause(policy, attempts, error, time.monotonic() - started)
-            if pause is None:
-                await self._give_up(unit, items, error, attempts, slot)
-                return
-            self._tell_retry(items[0], attempts, pause, error)
-            if not await self._flow.pause(pause):
-                raise _CutShort
-            if is_outage:
-                started = time.monotonic()
-            again = await self._try(items, slot)
-            if again is None:
-                self._delivered(unit)
-                return
-            error = again
-            attempts += 1
+        with self._delayed(items[0], "", started) as delay:
+            while True:
+                is_outage = self._is_outage(error)
+                if is_outage:  # not the change's fault: it is waited out, and is no attempt
+                    attempts -= 1
+                    outages += 1
+                    pause: float | None = policy.backoff.pause_seconds(outages)
+                    delay.note = "its database cannot be used"
+                else:
+                    pause = self._pause(policy, attempts, error, time.monotonic() - started)
+                    delay.note = f"{attempts} of {policy.attempts} attempts failed"
+                if pause is None:
+                    break
+                self._tell_retry(items[0], attempts, pause, error)
+                if not await self._flow.pause(pause):
+                    raise _CutShort
+                if is_outage:
+                    started = time.monotonic()
+                delay.note = f"attempt {attempts + 1} of {policy.attempts}"
+                again = await self._try(items, slot)
+                if again is None:
+                    self._delivered(unit)
+                    return
+                error = again
+                attempts += 1
+        await self._give_up(unit, items, error, attempts, slot)
 
     def _is_outage(self, error: BaseException) -> bool:
         """Whether it is the database of a transactional handler that is away."""
@@ -665,7 +735,8 @@ class Outlet(ABC):
             parking = self._services.parking
             assert parking is not None  # noqa: S101 - made when a route asks for it
             trace = "".join(traceback.format_tb(error.__traceback__))
-            await parking.put_aside(self._parts(unit), attempts, described, trace)
+            with self._delayed(item, "it is put into the dead-letter store"):
+                await parking.put_aside(self._parts(unit), attempts, described, trace)
             self.counts.dead_lettered += len(unit)
             log.error(
                 "change_dead_lettered",
@@ -757,10 +828,12 @@ class PlainOutlet(Outlet):
         function, options = handler.function, handler.options
         model, visible = options.model, options.visible
         waiting, flow, monotonic = self._waiting, self._flow, time.monotonic
+        clock, quick = self.clock, self.clock.counts
         task = slot.task
         assert task is not None  # noqa: S101 - set by _work
         current: Ticket | None = None
         count = size_bytes = 0
+        since = 0.0
         for _ in range(min(len(waiting), MAX_ASYNC_RUN)):
             entry = waiting.popleft()
             _, item, ticket, its_bytes = entry
@@ -769,12 +842,15 @@ class PlainOutlet(Outlet):
                     self._called(current, count, size_bytes)
                 count = size_bytes = 0
                 current = ticket
+                slot.item = None
                 if not self._may_begin(ticket):
                     self._drop(entry)
                     continue
                 if visible:
                     await self._wait_until_visible(item)
+                since = monotonic()
             if model is not None:
+                slot.item = None
                 modelled = self._modelled(item)
                 if isinstance(modelled, Exception):
                     if count:
@@ -782,8 +858,9 @@ class PlainOutlet(Outlet):
                     await self._put_aside([entry], modelled, 1)
                     return
                 item = modelled
+                since = monotonic()
             slot.item = item
-            slot.since = monotonic()
+            slot.since = since
             try:
                 result = await function(item)
                 if result is not None:
@@ -797,11 +874,19 @@ class PlainOutlet(Outlet):
                 await self._settle_cancellation()
                 await self._recover([entry], [item], error, slot)
                 return
+            ended = monotonic()
+            seconds = ended - since
+            if seconds <= QUICK_SECONDS:  # as `CallClock.add` counts it
+                quick[0] += 1
+                clock.total_seconds += seconds
+            else:
+                clock.add(seconds)
+            since = ended  # nothing comes in between that takes time
             count += 1
             size_bytes += its_bytes
             if task.cancelling():  # and the handler swallowed it
                 break
-        slot.end()
+        slot.item = None
         if current is not None and count:
             self._called(current, count, size_bytes)
         await self._settle_cancellation()
@@ -836,7 +921,7 @@ class ThreadOutlet(Outlet):
         assert isinstance(caller, ThreadCaller)  # noqa: S101 - see outlet_of
         slot.begin(items[0])
         done, repeated, error = await caller.call_each(items, slot, self._may_go_on)
-        slot.end()
+        slot.item = None  # the thread has timed each call
         self.counts.redelivered += repeated
         self._delivered(unit[:done])
         is_failed = error is not None
@@ -990,7 +1075,7 @@ class LaneOutlet(Outlet):
 
     def __init__(self, destination: Handler, caller: Caller, services: Services) -> None:
         super().__init__(destination, caller, services)
-        self._slots = [Slot() for _ in range(destination.options.concurrency)]
+        self._slots = [Slot(self.clock) for _ in range(destination.options.concurrency)]
         self._lanes: Lanes[Handed] = Lanes()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._busy = 0
@@ -1197,6 +1282,14 @@ def _keys(item: Item, columns: Sequence[str] | None) -> tuple[Key, ...]:
     if isinstance(item, Message):
         return ((f"message {item.prefix}", b"*"),)
     return keys_of(item, columns)
+
+
+def _since(delay: _Delay) -> float:
+    return delay.since
+
+
+def _what(item: Item) -> str:
+    return f"{'message' if isinstance(item, Message) else 'change'} {item.id}"
 
 
 def _policy(entry: Handed) -> FailurePolicy:

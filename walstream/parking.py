@@ -44,6 +44,15 @@ class Parking:
         """Close the store."""
         await self._store.close()
 
+    async def count(self) -> int:
+        """Ask the store how many letters there are, of whatever route.
+
+        Raises:
+            DeadLetterStoreFailed: it cannot be read.
+        """
+        letters, _ = await self._store.size()
+        return letters
+
     @property
     def is_used(self) -> bool:
         """Whether any route may have letters."""

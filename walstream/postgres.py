@@ -5,9 +5,13 @@ The one place where a server's error becomes one of ours.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import psycopg
@@ -170,6 +174,28 @@ async def connect(
         await connection.close()
         raise
     return connection
+
+
+@contextmanager
+def impatient(connection: AsyncConnection[Any], seconds: float) -> Iterator[None]:
+    """Cut the connection when the block lasts longer than it may.
+
+    A time-out of asyncio's would not do: psycopg answers a cancellation by cancelling the query on
+    the server, and waits for the result on the same wire, which may be what does not answer.
+    """
+    timer = asyncio.get_running_loop().call_later(seconds, cut, connection)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def cut(connection: AsyncConnection[Any]) -> None:
+    """End a connection from below: whoever waits for the server gets an error at once."""
+    if connection.closed:
+        return
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as wire:
+        wire.shutdown(socket.SHUT_RDWR)
 
 
 CONNECT_ERRORS: Final = (psycopg.Error, UnicodeError)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
-from walstream.catalog import Catalog, Server
+from walstream.catalog import Catalog, Server, Table
 from walstream.changes import Relation
 from walstream.destinations import Handler
 from walstream.errors import ConfigError, DatabaseUnfit, RelationMissing, SetupError
@@ -18,16 +18,27 @@ from walstream.values import Types
 OLDEST_VERSION: Final = 140_000
 """PostgreSQL 14 is the oldest version that is supported upstream."""
 
+STANDBY_VERSION: Final = 160_000
+"""The first version whose standbys decode."""
+
 
 def verify_server(server: Server) -> None:
     """Refuse a server that cannot stream.
 
     Raises:
-        DatabaseUnfit: its version or its wal_level.
+        DatabaseUnfit: its version, also for being a standby, or its wal_level.
     """
     if server.version < OLDEST_VERSION:
         message = f"the server is PostgreSQL {server.version // 10_000}; 14 or later is needed"
         raise DatabaseUnfit(message)
+    if server.in_recovery and server.version < STANDBY_VERSION:
+        message = (
+            f"the server is a standby with PostgreSQL {server.version // 10_000}: standbys decode"
+            f" from {STANDBY_VERSION // 10_000} on"
+        )
+        raise DatabaseUnfit(
+            message, hint="connect to the primary: target_session_attrs=read-write in the dsn"
+        )
     if server.wal_level != "logical":
         message = f"wal_level is {server.wal_level}; logical decoding needs logical"
         raise DatabaseUnfit(message, hint=RAISE_WAL_LEVEL)
@@ -54,7 +65,8 @@ async def verify_route(catalog: Catalog, route: Route) -> None:
     """Check one route against the database; one whose table is a pattern fits anything.
 
     Raises:
-        RelationMissing: its table or one of its columns is not there.
+        RelationMissing: its table or one of its columns is not there, or it is nothing that has
+            changes.
         FilterError: its filter does not fit its columns' types.
     """
     relation = route.pattern.relation
@@ -63,9 +75,30 @@ async def verify_route(catalog: Catalog, route: Route) -> None:
     table = await catalog.table(relation)
     if table is None:
         raise await _missing(catalog, relation)
+    if reason := hopeless(table):
+        raise RelationMissing(f"{relation} {reason}", hint=_HOPELESS)
     columns = {column.name: column.typeoid for column in table.columns}
     await catalog.learn_types(columns.values())
     await catalog.normalise(checked_literals(route, columns, catalog.types, relation))
+
+
+def hopeless(table: Table) -> str:
+    """Say why no change of a relation will ever come; nothing when they do."""
+    if table.kind not in {"r", "p"}:
+        kind = _KINDS.get(table.kind, "not a table")
+        return f"is {kind}, which has no changes of its own"
+    match table.persistence:
+        case "t":
+            return "is temporary: its changes never reach the WAL"
+        case "u":
+            return "is unlogged: its changes never reach the WAL"
+        case _:
+            return ""
+
+
+_KINDS: Final = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
+
+_HOPELESS: Final = "route the tables behind it, or ALTER TABLE ... SET LOGGED; see walstream check"
 
 
 def checked_literals(

@@ -9,7 +9,7 @@ relation and operation; routes that ask a column to equal a value are found by t
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import StrEnum
 from operator import itemgetter
@@ -33,6 +33,8 @@ from walstream.filters import (
     literals,
 )
 from walstream.projection import Projection
+from walstream.vitals import ChangeCount
+from walstream.vitals import Outcome as ChangeOutcome
 
 ALL_OPERATIONS: Final = frozenset(
     {Operation.INSERT, Operation.UPDATE, Operation.DELETE, Operation.TRUNCATE}
@@ -42,6 +44,8 @@ ALL_OPERATIONS: Final = frozenset(
 _UPDATE: Final = Operation.UPDATE
 _DELETE: Final = Operation.DELETE
 _TRUNCATE: Final = Operation.TRUNCATE
+_ROUTED: Final = ChangeOutcome.ROUTED
+_DROPPED: Final = ChangeOutcome.DROPPED
 
 DEAD_LETTER_TABLES: Final = ("dead_letters", "dead_letter_keys", "dead_letters_version")
 
@@ -50,6 +54,9 @@ OWN_TABLES: Final = frozenset(
 )
 """What walstream writes itself: with a pattern such as ``*.*`` nobody means these. A route that
 fails would make a dead letter of each row of a dead letter, and so on without end."""
+
+HEARTBEAT_PREFIX: Final = "walstream.heartbeat"
+"""The prefix of the messages that walstream writes itself; again no pattern means them."""
 
 _PLAIN: Final = re.compile(r'[^".*]+')
 _NAME: Final = re.compile(r'"((?:[^"]|"")+)"|([^".*]+)|(\*)')
@@ -192,7 +199,8 @@ class Explanation(msgspec.Struct, frozen=True):
 class MessageRoute(msgspec.Struct, frozen=True, eq=False):
     """Which logical messages go to one destination.
 
-    ``prefix`` is the whole prefix, or the beginning of one with a ``*`` behind it.
+    ``prefix`` is the whole prefix, or the beginning of one with a ``*`` behind it, by which
+    walstream's own heartbeats are never meant.
     """
 
     name: str
@@ -203,7 +211,7 @@ class MessageRoute(msgspec.Struct, frozen=True, eq=False):
     def wants(self, prefix: str) -> bool:
         """Whether messages of this prefix go to the destination."""
         if self.prefix.endswith("*"):
-            return prefix.startswith(self.prefix[:-1])
+            return prefix.startswith(self.prefix[:-1]) and prefix != HEARTBEAT_PREFIX
         return prefix == self.prefix
 
 
@@ -217,6 +225,19 @@ class RouteCounts(msgspec.Struct):
     matched: int = 0
     filtered: int = 0
     absent: int = 0
+
+    def add(self, others: RouteCounts) -> None:
+        """Count on from what another router has counted."""
+        self.matched += others.matched
+        self.filtered += others.filtered
+        self.absent += others.absent
+
+
+class _ChangeCounts(msgspec.Struct):
+    """How many changes of one relation and operation a route kept, and how many none did."""
+
+    routed: int = 0
+    dropped: int = 0
 
 
 class _BoundRoute(msgspec.Struct, frozen=True, eq=False):
@@ -248,6 +269,7 @@ class _Candidates(msgspec.Struct, frozen=True, eq=False):
 
     scanned: list[_BoundRoute]
     indexes: list[_Index]
+    counts: _ChangeCounts
 
 
 class Router:
@@ -267,6 +289,7 @@ class Router:
         self.message_counts = [RouteCounts() for _ in self.message_routes]
         self._bound: dict[Layout, dict[Operation, _Candidates]] = {}
         self._terms: dict[Layout, _Terms] = {}
+        self._change_counts: dict[tuple[Relation, Operation], _ChangeCounts] = {}
 
     def counted(self) -> list[tuple[Route | MessageRoute, RouteCounts]]:
         """List all routes with what became of their changes and messages."""
@@ -275,8 +298,32 @@ class Router:
             *zip(self.message_routes, self.message_counts, strict=True),
         ]
 
+    def change_counts(self) -> tuple[ChangeCount, ...]:
+        """List how many changes of each relation and operation a route kept, and none did.
+
+        A partition is a relation of its own. What comes again is counted again.
+        """
+        return tuple(
+            ChangeCount(relation, operation, outcome, count)
+            for (relation, operation), counts in self._change_counts.items()
+            for outcome, count in ((_ROUTED, counts.routed), (_DROPPED, counts.dropped))
+            if count
+        )
+
+    def adopt_counts(self, other: Router) -> None:
+        """Count on from where another router is, whose place this one takes.
+
+        Routes count on from those of their names; of several with one name in their order.
+        """
+        for (relation, operation), theirs in other._change_counts.items():
+            mine = self._counts_of(relation, operation)
+            mine.routed += theirs.routed
+            mine.dropped += theirs.dropped
+        _adopt(self.routes, self.counts, other.routes, other.counts)
+        _adopt(self.message_routes, self.message_counts, other.message_routes, other.message_counts)
+
     def unbind(self) -> None:
-        """Forget all layouts: a new stream brings its own."""
+        """Forget all layouts, and no count: a new stream brings its own."""
         self._bound.clear()
         self._terms.clear()
 
@@ -330,7 +377,13 @@ class Router:
             if route.wants(layout.relation, layout.ancestors)
         ]
         self._bound[layout] = {
-            operation: _candidates(operation, wanting, layout, normalised)
+            operation: _candidates(
+                operation,
+                wanting,
+                layout,
+                normalised,
+                self._counts_of(layout.relation, operation),
+            )
             for operation in Operation
         }
         self._terms[layout] = _Terms({bound.place: bound for bound in wanting}, normalised)
@@ -345,9 +398,16 @@ class Router:
         found = candidates.scanned
         if candidates.indexes:
             found = _with_indexed(candidates, change)
-        return [
-            (bound.route, kept) for bound in found if (kept := _keep(bound, change)) is not None
-        ]
+        routed = []
+        for bound in found:  # which costs less than a comprehension that refers to the change
+            kept = _keep(bound, change)
+            if kept is not None:
+                routed.append((bound.route, kept))
+        if routed:
+            candidates.counts.routed += 1
+        else:
+            candidates.counts.dropped += 1
+        return routed
 
     def explain(self, change: Change) -> list[Explanation]:
         """Say of every route, in their order, whether `route` keeps a change, and why.
@@ -386,10 +446,27 @@ class Router:
                 routed.append((route, message))
         return routed
 
+    def _counts_of(self, relation: Relation, operation: Operation) -> _ChangeCounts:
+        return self._change_counts.setdefault((relation, operation), _ChangeCounts())
+
 
 INDEX_FROM: Final = 4
 """So many routes on one relation and operation must need a value of the same column before an index
 over the values is cheaper than trying each route."""
+
+
+def _adopt(
+    routes: Iterable[Route | MessageRoute],
+    counts: Iterable[RouteCounts],
+    other_routes: Iterable[Route | MessageRoute],
+    other_counts: Iterable[RouteCounts],
+) -> None:
+    by_name: defaultdict[str, deque[RouteCounts]] = defaultdict(deque)
+    for route, theirs in zip(other_routes, other_counts, strict=True):
+        by_name[route.name].append(theirs)
+    for route, mine in zip(routes, counts, strict=True):
+        if by_name[route.name]:
+            mine.add(by_name[route.name].popleft())
 
 
 def _fits(where: Filter, layout: Layout) -> bool:
@@ -418,11 +495,12 @@ def _candidates(
     wanting: list[_BoundRoute],
     layout: Layout,
     normalised: Mapping[Literal, str],
+    counts: _ChangeCounts,
 ) -> _Candidates:
     """Sort the routes that want an operation into indexes and those to be tried each time."""
     wanting = [bound for bound in wanting if bound.route.wants_operation(operation)]
     if operation is Operation.TRUNCATE:
-        return _Candidates(wanting, [])
+        return _Candidates(wanting, [], counts)
     scanned = []
     by_column: defaultdict[str, list[tuple[Any, _BoundRoute]]] = defaultdict(list)
     for bound in wanting:
@@ -438,7 +516,7 @@ def _candidates(
             scanned += [bound for _, bound in keyed]
         else:
             indexes.append(_make_index(column, keyed, layout))
-    return _Candidates(sorted(scanned, key=_place), indexes)
+    return _Candidates(sorted(scanned, key=_place), indexes, counts)
 
 
 def _required(

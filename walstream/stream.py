@@ -19,7 +19,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 import structlog
@@ -42,6 +42,7 @@ from walstream.flow import Handed
 from walstream.lsn import ZERO, Lsn
 from walstream.protocol import PrimaryKeepalive, XLogData, parse, record_of, status_update
 from walstream.router import Route, TablePattern
+from walstream.vitals import Standstill
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.stream")
 
@@ -51,6 +52,9 @@ STATUS_INTERVAL_SECONDS: Final = 10.0
 When the position has advanced, one is sent every `WATCH_SECONDS`.
 """
 
+ASK_SECONDS: Final = 3.0
+"""After so much silence the server is asked for a sign of life."""
+
 WATCH_SECONDS: Final = 1.0
 """How often the position and the delivery are looked at."""
 
@@ -59,6 +63,10 @@ RECHECK_SECONDS: Final = 10.0
 
 FINISH_SECONDS: Final = 5.0
 """How long the server gets to read the last status update."""
+
+
+Exchange: TypeAlias = Callable[[], Awaitable[tuple[Binding, Delivery]]]
+"""Makes ready what a session goes on with."""
 
 
 class Counts(msgspec.Struct):
@@ -117,8 +125,10 @@ class Session:
         counts: Counts,
         *,
         check_routes: Callable[[], Awaitable[None]],
+        on_message: Callable[[Message], None] | None = None,
         drain_seconds: float,
         release_after_seconds: float,
+        receive_timeout_seconds: float,
         status_interval_seconds: float = STATUS_INTERVAL_SECONDS,
         until: Lsn | None = None,
     ) -> None:
@@ -129,11 +139,18 @@ class Session:
         self._acknowledger = acknowledger
         self._drain_seconds = drain_seconds
         self._release_after_seconds = release_after_seconds
+        self._receive_timeout_seconds = receive_timeout_seconds
         self._status_interval_seconds = status_interval_seconds
         self._check_routes = check_routes
+        self._on_message = on_message
         self._until = until
         self._reached_until = False
-        self._received_lsn = acknowledger.flush_lsn
+        self._received_lsn = self._server_lsn = acknowledger.flush_lsn
+        self._listening_since: float | None = None
+        self._standstill = Standstill()
+        self._exchange: Exchange | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._delivering: asyncio.Task[None] | None = None
         self._aborted = False
         self._is_cut = False
         self._stopping = False
@@ -159,6 +176,47 @@ class Session:
         self._delivery.begin_no_more()
         self._connection.wake()
 
+    def exchange(self, exchange: Exchange) -> None:
+        """Deliver another way from the end of the transaction that is coming in.
+
+        Args:
+            exchange: called when all that was handed over is taken; returns what to go on with.
+        """
+        self._exchange = exchange
+        self._connection.wake()
+
+    @property
+    def received_lsn(self) -> Lsn:
+        """Up to where all has come."""
+        return self._received_lsn
+
+    @property
+    def server_lsn(self) -> Lsn:
+        """How far the server's WAL goes, as it last said."""
+        return max(self._server_lsn, self._received_lsn)
+
+    @property
+    def acknowledger(self) -> Acknowledger:
+        """Of this session."""
+        return self._acknowledger
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long the server has been listened to and has said nothing."""
+        since = self._listening_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def standstill_seconds(self, now: float) -> float:
+        """How long the watermark has stood before changes that are not taken.
+
+        Args:
+            now: monotonic seconds.
+        """
+        acknowledger = self._acknowledger
+        return self._standstill.seconds(
+            now, acknowledger.progress, has_work=acknowledger.is_waiting
+        )
+
     def abort(self) -> None:
         """From now on confirm nothing: whoever cancels `run` then ends it as a crash would."""
         self._aborted = True
@@ -178,7 +236,7 @@ class Session:
                     task.cancel()
         except ExceptionGroup as failures:
             await self._confirm()
-            first = _first(failures)
+            first = first_failure(failures)
             raise first from first.__cause__
         except asyncio.CancelledError:
             with contextlib.suppress(WalstreamError):
@@ -193,7 +251,8 @@ class Session:
 
     async def _drained(self, group: asyncio.TaskGroup) -> None:
         """Read until there is a reason to end, and let the destinations finish."""
-        delivering = group.create_task(self._delivery.run())
+        self._group = group
+        self._deliver()
         try:
             async with asyncio.timeout(None) as self._deadline:
                 try:
@@ -201,16 +260,17 @@ class Session:
                 except Unavailable:
                     # What would be taken now cannot be confirmed any more.
                     self._is_cut = True
-                    await self._finish_calls(delivering)
+                    await self._finish_calls()
                     raise
                 except WalstreamError:
-                    await self._finish(delivering)  # what came before the fault need not come again
+                    await self._finish()  # what came before the fault need not come again
                     raise
-                await self._finish(delivering)
+                await self._finish()
         except TimeoutError:
             if self._deadline is None or not self._deadline.expired():
                 raise
-            delivering.cancel()
+            if self._delivering is not None:
+                self._delivering.cancel()
             log.warning(
                 "drain_incomplete",
                 drain_seconds=self._drain_seconds,
@@ -220,21 +280,38 @@ class Session:
         finally:
             self._deadline = None
 
-    async def _finish(self, delivering: asyncio.Task[None]) -> None:
-        self._delivery.finish()
-        await asyncio.wait([delivering])
+    def _deliver(self) -> None:
+        assert self._group is not None  # noqa: S101 - set by _drained
+        self._delivering = self._group.create_task(self._delivery.run())
 
-    async def _finish_calls(self, delivering: asyncio.Task[None]) -> None:
+    async def _finish(self) -> None:
+        self._delivery.finish()
+        assert self._delivering is not None  # noqa: S101 - it delivers from the beginning
+        await asyncio.wait([self._delivering])
+
+    async def _finish_calls(self) -> None:
         """Let calls that have begun return, for some time."""
         self._delivery.finish(calls_only=True)
-        await asyncio.wait([delivering], timeout=self._drain_seconds)
+        assert self._delivering is not None  # noqa: S101 - it delivers from the beginning
+        await asyncio.wait([self._delivering], timeout=self._drain_seconds)
+
+    async def _change_over(self, exchange: Exchange) -> None:
+        """Go on with another delivery, once this one has nothing left."""
+        self._exchange = None
+        await self._finish()
+        if not self._stopping:
+            self._binding, self._delivery = await exchange()
+            self._deliver()
 
     async def _pump(self) -> None:
         while not self._is_done():
+            if self._exchange is not None and self._ticket is None:
+                await self._change_over(self._exchange)
+                continue
             if self._delivery.is_full:
                 await self._delivery.wait_for_change()
                 continue
-            batch = await self._connection.read()
+            batch = await self._listen()
             handed: list[Handed] = []
             try:
                 reply_requested = await self._receive(batch, handed)
@@ -242,6 +319,13 @@ class Session:
                 self._delivery.hand(handed)
             if reply_requested:
                 self._send_status()
+
+    async def _listen(self) -> list[bytes]:
+        self._listening_since = time.monotonic()
+        try:
+            return await self._connection.read()
+        finally:
+            self._listening_since = None
 
     def _is_done(self) -> bool:
         if self._reached_until:
@@ -281,6 +365,7 @@ class Session:
     def _keepalive(self, message: XLogData | PrimaryKeepalive) -> bool:
         """Take a sign of life; return whether the server wants one of ours."""
         assert isinstance(message, PrimaryKeepalive)  # noqa: S101 - the other kind has a record
+        self._server_lsn = max(self._server_lsn, Lsn(message.wal_end))
         self._acknowledger.keepalive(Lsn(message.wal_end))
         if self._ticket is None:
             self._received_lsn = max(self._received_lsn, Lsn(message.wal_end))
@@ -303,6 +388,7 @@ class Session:
                     self._reached_until = True
                     return False
                 self._ticket = self._acknowledger.open(transaction.end_lsn)
+                self._ticket.transaction = transaction
             case Commit():
                 assert self._ticket is not None  # noqa: S101 - the decoder refuses such a commit
                 self._acknowledger.close(self._ticket)
@@ -311,6 +397,8 @@ class Session:
                 self._counts.transactions += 1
             case Message():
                 self._counts.messages += 1
+                if self._on_message is not None:
+                    self._on_message(decoded)
                 self._hand_message(decoded, handed)
         return True
 
@@ -331,14 +419,17 @@ class Session:
     async def _report(self) -> None:
         """Send status updates on a clock of their own; give the slot up for a stuck handler."""
         pause = min(WATCH_SECONDS, self._status_interval_seconds)
-        sent_at, sent_lsn = 0.0, ZERO
+        sent_at, asked_at, sent_lsn = 0.0, 0.0, ZERO
         while True:
             now = time.monotonic()
             flush_lsn = self._acknowledger.flush_lsn
+            asks = self.silent_seconds >= ASK_SECONDS and now - asked_at >= ASK_SECONDS
             # News is told at every look: what is not confirmed comes again after a crash.
-            if flush_lsn != sent_lsn or now - sent_at >= self._status_interval_seconds:
-                self._send_status()
+            if asks or flush_lsn != sent_lsn or now - sent_at >= self._status_interval_seconds:
+                self._send_status(reply_requested=asks)
                 sent_at, sent_lsn = now, flush_lsn
+                asked_at = now if asks else asked_at
+            self.standstill_seconds(now)
             self._delivery.watch(now)
             self._refuse_stuck(now)
             await asyncio.sleep(pause)
@@ -362,11 +453,29 @@ class Session:
         checked_at = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            await self._refuse_silence()
             if self._acknowledger.in_flight or self._delivery.held is not None:
                 await self._notice_shutdown()
             if time.monotonic() - checked_at >= RECHECK_SECONDS:
                 await self._check_routes()
                 checked_at = time.monotonic()
+
+    async def _refuse_silence(self) -> None:
+        """Give up a connection on which the server does not even answer.
+
+        A walsender that decodes what it will not send, such as millions of rows of other tables,
+        is silent too. The catalog tells the difference.
+        """
+        if self.silent_seconds < self._receive_timeout_seconds:
+            return
+        try:
+            is_decoding = await self._catalog.is_decoding(self._connection.backend_pid)
+        except WalstreamError:
+            is_decoding = False
+        silent_seconds = self.silent_seconds
+        if not is_decoding and silent_seconds >= self._receive_timeout_seconds:
+            self._is_cut = True  # nobody reads what would be confirmed
+            raise ConnectionLost(f"the server has not answered for {silent_seconds:.0f} seconds")
 
     async def _notice_shutdown(self) -> None:
         """Stop when the server wants to shut down.
@@ -383,10 +492,13 @@ class Session:
         except WalstreamError as error:
             log.debug("probe_failed", error=error.message)  # the stream itself shows how it is
 
-    def _send_status(self) -> None:
+    def _send_status(self, *, reply_requested: bool = False) -> None:
         if self._aborted or self._is_cut:
             return
-        self._connection.send(status_update(self._acknowledger.flush_lsn, now=time.time()))
+        flush_lsn = self._acknowledger.flush_lsn
+        self._connection.send(
+            status_update(flush_lsn, now=time.time(), reply_requested=reply_requested)
+        )
 
     async def _confirm(self) -> bool:
         """Report the last position and let the server read it, if the connection still can."""
@@ -402,10 +514,10 @@ class Session:
         return True
 
 
-def _first(failures: ExceptionGroup[Exception]) -> Exception:
+def first_failure(failures: ExceptionGroup[Exception]) -> Exception:
     """Return the first of the errors in a group, however deep."""
     first = failures.exceptions[0]
-    return _first(first) if isinstance(first, ExceptionGroup) else first
+    return first_failure(first) if isinstance(first, ExceptionGroup) else first
 
 
 def _position(data: bytes) -> str:

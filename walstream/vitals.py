@@ -30,6 +30,26 @@ class Phase(StrEnum):
     STOPPED = "stopped"
 
 
+class Standstill:
+    """Since when nothing has moved although there is work."""
+
+    def __init__(self) -> None:
+        self._progress: object = None
+        self._since = 0.0
+
+    def seconds(self, now: float, progress: object, *, has_work: bool) -> float:
+        """Return how long the progress has been the same.
+
+        Args:
+            now: monotonic seconds.
+            progress: anything that changes when something moves.
+            has_work: whether it should be moving.
+        """
+        if not has_work or progress != self._progress:
+            self._progress, self._since = progress, now
+        return now - self._since
+
+
 class Outcome(StrEnum):
     """What became of a change before its destinations: kept by a route, or by none."""
 

@@ -555,3 +555,89 @@ def test_all_routes_are_listed_with_their_counts() -> None:
         ("", 0),
         ("messages", 1),
     ]
+
+
+# ---- What is counted
+
+
+def counted(router: Router) -> dict[tuple[str, str, str], int]:
+    return {
+        (str(one.relation), str(one.operation), str(one.outcome)): one.count
+        for one in router.change_counts()
+    }
+
+
+def test_changes_are_counted_by_relation_operation_and_whether_a_route_kept_them() -> None:
+    """Once each, however many routes keep or drop them."""
+    router = bound(route(where="status=eq.new"), route("public.*", "insert", where="status=eq.new"))
+    for change in (
+        insert(status="new"),
+        insert(status="old"),
+        insert(status="new"),
+        delete(status="old"),
+        TRUNCATE,
+    ):
+        router.route(change)
+    assert counted(router) == {
+        ("public.orders", "insert", "routed"): 2,
+        ("public.orders", "insert", "dropped"): 1,
+        ("public.orders", "delete", "dropped"): 1,
+        ("public.orders", "truncate", "dropped"): 1,
+    }
+
+
+def test_changes_that_no_route_wants_and_those_of_partitions_are_counted() -> None:
+    part = layout(Relation("public", "part"), ORDERS)
+    router = bound(route("*.other"))
+    router.bind(part, [], {})
+    router.route(insert(id=1))
+    router.route(insert(part, id=1))
+    assert counted(router) == {
+        ("public.orders", "insert", "dropped"): 1,
+        ("public.part", "insert", "dropped"): 1,
+    }
+
+
+def test_explaining_counts_no_change() -> None:
+    router = bound(route())
+    router.explain(insert(id=1))
+    assert router.change_counts() == ()
+
+
+def test_counts_outlive_the_layouts() -> None:
+    """A relation that is altered, or comes again in another session, is counted on."""
+    router = bound(route())
+    router.route(insert(id=1))
+    router.unbind()
+    assert counted(router) == {("public.orders", "insert", "routed"): 1}
+    for again in (LAYOUT, layout(ORDERS)):
+        router.bind(again, router.routes, {})
+    router.route(insert(id=1))
+    assert counted(router) == {("public.orders", "insert", "routed"): 2}
+
+
+def test_another_router_counts_on() -> None:
+    """Routes by their names; what the one before has counted stays as it is."""
+    named = [
+        Route(name, TablePattern.parse("public.orders"), None, where=parse(f"status=eq.{value}"))
+        for name, value in (("twice", "new"), ("twice", "old"), ("gone", "new"))
+    ]
+    before = Router(named, [MessageRoute("jobs", "jobs", None)])
+    literals = {literal: literal.text for one in named for literal in before.literals(one, LAYOUT)}
+    before.bind(LAYOUT, named, literals)
+    before.route(insert(status="new"))
+    before.route_message(Message("jobs", "x", Lsn(1)))
+    again = Router([*named[:2], route(where="id=eq.1")], [MessageRoute("jobs", "jobs", None)])
+    again.adopt_counts(before)
+    assert counted(again) == counted(before) == {("public.orders", "insert", "routed"): 1}
+    assert [(one.matched, one.filtered) for one in again.counts] == [(1, 0), (0, 1), (0, 0)]
+    assert again.message_counts[0].matched == 1
+    again.bind(LAYOUT, named[:2], literals)
+    again.route(insert(status="new"))
+    again.route(delete(status="none"))
+    assert counted(again) == {
+        ("public.orders", "insert", "routed"): 2,
+        ("public.orders", "delete", "dropped"): 1,
+    }
+    assert [(one.matched, one.filtered) for one in again.counts[:2]] == [(2, 1), (0, 3)]
+    assert [(one.matched, one.filtered) for one in before.counts] == [(1, 0), (0, 1), (1, 0)]

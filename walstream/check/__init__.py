@@ -1,46 +1,68 @@
 """``walstream check``: everything that could go wrong, each with what mends it.
 
 Each check answers for itself: one that finds a problem, or cannot be asked because a connection is
-missing, does not keep the others from being asked. Nothing is left behind on the server: all that
-is ever made there, to see whether it has wal2json and allows it, is a temporary slot.
+missing, does not keep the others from being asked. A server that does not answer is given up after
+some seconds. Nothing is left behind on the server: all that is ever made there, to see whether it
+has wal2json and allows it, is a temporary slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-from walstream.check import plugin, server, slot
+from walstream.assembly import Attached
+from walstream.check import (
+    connections,
+    place,
+    plugin,
+    role,
+    server,
+    slot,
+    standby,
+    stores,
+    transactions,
+)
 from walstream.check.findings import Finding, Report, Status
 from walstream.check.routes import check_routes
 from walstream.check.site import Site, asked
-from walstream.config import Config, RouteSpec
-from walstream.destinations import Handler
+from walstream.config import Config
 
 __all__ = ["Finding", "Report", "Status", "check"]
 
-QUESTIONS: Final = (*server.QUESTIONS, *plugin.QUESTIONS, *slot.QUESTIONS)
+# What asks the replication connection comes before the plugin, which it is used up by.
+_OF_THE_SERVER: Final = (
+    *connections.QUESTIONS,
+    *server.QUESTIONS,
+    *transactions.QUESTIONS,
+    *standby.QUESTIONS,
+    *role.QUESTIONS,
+)
+_OF_THE_SLOT: Final = (*plugin.QUESTIONS, *slot.QUESTIONS)
 
 
 async def check(
-    config: Config,
-    routes: Sequence[tuple[str, RouteSpec]],
-    handlers: Mapping[str, Handler] | None = None,
+    config: Config, handlers: Sequence[Attached] = (), *, arguments: str = ""
 ) -> Report:
-    """Look at the server, the slot and the routes.
+    """Look at the server, the slot, the routes, and the place where walstream runs.
 
     Args:
         config: what the daemon would run with.
-        routes: all that would be routed, each with the name that it is reported by.
-        handlers: by the names of their routes.
+        handlers: what was attached to the application.
+        arguments: by which commands find the same configuration and handlers, for mends.
 
     Raises:
         ConfigError: a file that a secret is in cannot be read.
     """
-    site = Site(config)
+    site = Site(config, handlers, arguments)
     try:
-        findings = await asked(site, QUESTIONS)
-        findings += await check_routes(site, routes, handlers or {})
+        findings = await asked(site, _OF_THE_SERVER)
+        of_the_place = await asked(site, place.QUESTIONS)
+        findings += await asked(site, _OF_THE_SLOT)
+        findings += await check_routes(site)
+        findings += await place.check_sinks(site)
+        findings += await stores.check_targets(site)
+        findings += await asked(site, stores.QUESTIONS)
     finally:
         await site.close()
-    return Report(tuple(findings))
+    return Report((*findings, *of_the_place))

@@ -10,8 +10,20 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from walstream.check.findings import Outcome, literal, ok, problem, skipped, warning
+from walstream.check.findings import (
+    Outcome,
+    identifier,
+    in_words,
+    literal,
+    ok,
+    problem,
+    set_to,
+    skipped,
+    warning,
+)
+from walstream.check.server import GUARDED_MINORS
 from walstream.check.site import Question, Site
+from walstream.check.transactions import blockers, ends_of, listed
 from walstream.decoder import START_OPTIONS
 from walstream.errors import (
     AccessRefused,
@@ -19,11 +31,12 @@ from walstream.errors import (
     PluginRefused,
     PluginTooOld,
     SlotCreationBlocked,
+    SlotMissing,
     WalstreamError,
 )
-from walstream.slots import PLUGIN, create_slot
+from walstream.slots import PLUGIN, create_slot, slot_status
 
-PROBE_WAIT_SECONDS: Final = 2
+PROBE_WAIT_SECONDS: Final = 1
 """How long the temporary slot waits for running transactions before that is what is reported."""
 
 FINISH_SECONDS: Final = 5.0
@@ -32,38 +45,68 @@ FINISH_SECONDS: Final = 5.0
 
 async def _allowed(site: Site) -> Outcome:
     try:
-        ((setting,),) = await site.catalog.rows(_PLUGIN_LIBRARIES)
+        ((setting, version),) = await site.catalog.rows(_PLUGIN_LIBRARIES)
     except (AccessRefused, psycopg.errors.InsufficientPrivilege):
         return skipped(
             "output_plugin_libraries is there, and only superusers and members of"
-            " pg_read_all_settings may read it"
+            " pg_read_all_settings may read it",
+            f"GRANT pg_read_all_settings TO {identifier(site.catalog_user)};",
         )
     if setting is None:
-        return ok("this server allows every output plugin")
+        major = version // 10_000
+        later = f"; from {major}.{GUARDED_MINORS[major]} on not" if major in GUARDED_MINORS else ""
+        return ok(f"this server allows every output plugin{later}")
     libraries = [name.strip(' "') for name in setting.split(",") if name.strip()]
     if PLUGIN in libraries:
         return ok(f"output_plugin_libraries is {setting}")
     # SET replaces the list: keep what is in it.
-    listed = ", ".join(map(literal, [*libraries, PLUGIN]))
     return problem(
         f"output_plugin_libraries is {setting or 'empty'}, without {PLUGIN}",
-        f"ALTER SYSTEM SET output_plugin_libraries = {listed};\nSELECT pg_reload_conf();",
+        *set_to("output_plugin_libraries", ", ".join(map(literal, [*libraries, PLUGIN]))),
     )
 
 
 async def _installed(site: Site) -> Outcome:
     """Make a slot to see: the server keeps no list of the output plugins that it has."""
+    if site.links["replication"].in_recovery:
+        return await _installed_on_standby(site)
     try:
         await _make_probe(site)
     except PluginMissing as missing:
-        return problem(missing.message, f"{_install(site)}\n{missing.hint}")
+        return problem(missing.message, f"$ {_install(site)}", *in_words(missing.hint))
     except PluginRefused as refused:
-        return problem(refused.message, refused.hint)
+        return problem(refused.message, *in_words(refused.hint))
     except SlotCreationBlocked as blocked:
-        return warning(blocked.message, blocked.hint)
+        return await _blocked(site, blocked)
     except WalstreamError as error:
         return skipped(f"cannot be tried: {error.message}")
     return ok("the server makes slots for it")
+
+
+async def _installed_on_standby(site: Site) -> Outcome:
+    """Do not make one: that waits for the primary, for 15 seconds or for ever."""
+    try:
+        status = await slot_status(site.catalog, site.slot_name)
+    except SlotMissing:
+        return skipped(
+            "cannot be tried on a standby: it makes a slot only when the primary says which"
+            " transactions run",
+            "-- while walstream slot create waits, on the primary: SELECT"
+            " pg_log_standby_snapshot()",
+        )
+    if status.plugin != PLUGIN:
+        return skipped("cannot be tried on a standby")
+    return ok("there is a slot for it")
+
+
+async def _blocked(site: Site, blocked: SlotCreationBlocked) -> Outcome:
+    """Name who does not end, which a slot that is there already need not wait for."""
+    found = await blockers(site)
+    if not found:
+        return ok("the server makes slots for it, once transactions have ended that ran just now")
+    return warning(
+        f"{blocked.message.partition(':')[0]}: {listed(found)}", *await ends_of(site, found)
+    )
 
 
 async def _version(site: Site) -> Outcome:
@@ -77,10 +120,10 @@ async def _version(site: Site) -> Outcome:
     try:
         await _start_probe(site, START_OPTIONS)
     except PluginTooOld as too_old:
-        return problem(too_old.message, too_old.hint)
+        return problem(too_old.message, f"$ {_install(site)}", *in_words(too_old.hint))
     return warning(
         "before 2.6: NaN and infinity in float and numeric columns arrive as null",
-        "install wal2json 2.6 or later on the server; no restart is needed",
+        "-- install wal2json 2.6 or later on the server; no restart is needed",
     )
 
 
@@ -109,8 +152,13 @@ def _install(site: Site) -> str:
 
 QUESTIONS: Final = (
     Question("wal2json", "allowed", _allowed, ("catalog",)),
-    Question("wal2json", "installed", _installed, ("replication",)),
+    Question("wal2json", "installed", _installed, ("catalog", "replication")),
     Question("wal2json", "version", _version, ("replication", "probe")),
 )
 
-_PLUGIN_LIBRARIES: Final = sql.SQL("SELECT current_setting('output_plugin_libraries', true)")
+_PLUGIN_LIBRARIES: Final = sql.SQL(
+    """
+    SELECT current_setting('output_plugin_libraries', true),
+           current_setting('server_version_num')::int
+    """
+)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, TypeAlias
 
 import msgspec
-import psycopg
 from psycopg import sql
 
+from walstream.assembly import make_router
 from walstream.catalog import Catalog, Table
 from walstream.changes import Operation, Relation
 from walstream.check.findings import (
@@ -17,53 +18,112 @@ from walstream.check.findings import (
     Status,
     failed,
     identifier,
+    in_words,
     ok,
+    problem,
     skipped,
     warning,
 )
-from walstream.check.site import Site
+from walstream.check.site import Site, answered
 from walstream.config import RouteSpec
 from walstream.destinations import Handler
-from walstream.errors import WalstreamError
+from walstream.errors import AccessRefused, ConfigError, UsageError
 from walstream.filters import columns
 from walstream.grammar import And, Comparison, Filter, Not, Or
-from walstream.postgres import server_error
-from walstream.preflight import verify_route
+from walstream.preflight import hopeless, verify_route
 from walstream.router import Route
 
 
-async def check_routes(
-    site: Site, specs: Sequence[tuple[str, RouteSpec]], handlers: Mapping[str, Handler]
-) -> list[Finding]:
+async def check_routes(site: Site) -> list[Finding]:
     """Look at each route, at its handler if it has one, and at each table that it covers."""
-    if not specs:
-        nothing = warning(
-            "nothing is routed anywhere",
-            "name a handler (walstream check module:name), or write a [[routes]]",
-        )
-        return [Finding.of("routes", "routes", nothing)]
-    return [
+    specs = _specs(site)
+    findings = [
         Finding.of("routes", f"{name}: {spec.table}", outcome)
-        for name, spec in specs
-        for outcome in await _check_route(site, name, spec, handlers.get(name))
+        for name, spec, handler in specs
+        for outcome in await _check_route(site, name, spec, handler)
     ]
+    together = _check_together(site, specs)
+    return [*findings, *([Finding.of("routes", "routes", together)] if together else [])]
+
+
+_Spec: TypeAlias = tuple[str, RouteSpec, Handler | None]
+
+
+def _specs(site: Site) -> list[_Spec]:
+    """List all that would be routed, each with the name that it is reported by."""
+    to_handlers: list[_Spec] = [
+        (handler.name, spec, handler)
+        for spec, handler in site.handlers
+        if isinstance(spec, RouteSpec)
+    ]
+    return to_handlers + [
+        (spec.name or f"routes[{place}]", spec, None)
+        for place, spec in enumerate(site.config.routes)
+    ]
+
+
+def _check_together(site: Site, specs: Sequence[_Spec]) -> Outcome | None:
+    """Make the routes as a run does, which refuses none at all, and two of one name."""
+    try:
+        make_router(site.config, site.handlers)
+    except UsageError as nothing:  # there may be nothing yet when a database is made ready
+        return warning(nothing.message, *in_words(nothing.hint))
+    except ConfigError as error:
+        # One that cannot be made by itself has been told of already.
+        return None if _unmakeable(site, specs) else failed(error)
+    return None
+
+
+def _unmakeable(site: Site, specs: Sequence[_Spec]) -> bool:
+    try:
+        for name, spec, handler in specs:
+            spec.route(name, handler, site.masking_key)
+    except ConfigError:
+        return True
+    return False
 
 
 async def _check_route(
     site: Site, name: str, spec: RouteSpec, handler: Handler | None
 ) -> list[Outcome]:
+    found: list[Outcome] = []
+
+    async def ask() -> Outcome | None:
+        found.extend(await _judged(site, spec.route(name, handler, site.masking_key), spec))
+        return None
+
     lacking = site.lacks("catalog")
     if lacking:
         return [skipped(lacking)]
-    try:
-        route = spec.route(name, handler, site.masking_key)
-        await verify_route(site.catalog, route)
-        tables = await _covered(site.catalog, route)
-    except WalstreamError as error:
-        return [failed(error)]
-    except psycopg.Error as error:
-        return [failed(server_error(error))]
-    return _judge(tables, route, frozenset(spec.columns.mask))
+    error = await answered(site, ask())
+    return found if error is None else [error]
+
+
+async def _judged(site: Site, route: Route, spec: RouteSpec) -> list[Outcome]:
+    tables = await _covered(site.catalog, route)
+    named = [table for table in tables if table.relation == route.pattern.relation]
+    if not any(map(hopeless, named)):  # told below, with what mends it
+        try:
+            await verify_route(site.catalog, route)
+        except AccessRefused as refused:
+            return [_refused(site, refused)]
+    keyed = await _immediately_keyed(site.catalog, tables)
+    return _judge(tables, route, frozenset(spec.columns.mask), keyed)
+
+
+def _refused(site: Site, refused: AccessRefused) -> Outcome:
+    """A filter's values are read as the types of its columns, which takes the right to name them."""
+    schema = _DENIED.search(refused.message)
+    if schema is None:
+        return failed(refused)
+    role = identifier(site.catalog_user)
+    return problem(
+        f"{site.catalog_user} may not use the schema {schema[1]}, which a type of a column is in",
+        f"GRANT USAGE ON SCHEMA {identifier(schema[1])} TO {role};",
+    )
+
+
+_DENIED: Final = re.compile(r"permission denied for schema (.+)$")
 
 
 async def _covered(catalog: Catalog, route: Route) -> list[Table]:
@@ -90,6 +150,13 @@ async def _partitions(catalog: Catalog, root: Relation) -> list[Relation]:
     return [Relation(*row) for row in rows]
 
 
+async def _immediately_keyed(catalog: Catalog, tables: Sequence[Table]) -> frozenset[Relation]:
+    """Return the tables whose primary key could be their identity, and is not."""
+    if all(table.replica_identity in "df" or not table.key for table in tables):
+        return frozenset()
+    return frozenset(Relation(*row) for row in await catalog.rows(_KEYED))
+
+
 class _Concern(msgspec.Struct, frozen=True):
     """What is wrong with a table for a route; ``clause`` is the ALTER TABLE that mends it."""
 
@@ -98,13 +165,15 @@ class _Concern(msgspec.Struct, frozen=True):
     clause: str = ""
 
 
-def _judge(tables: Sequence[Table], route: Route, masked: frozenset[str]) -> list[Outcome]:
+def _judge(
+    tables: Sequence[Table], route: Route, masked: frozenset[str], keyed: frozenset[Relation]
+) -> list[Outcome]:
     """Tell each concern once, with all tables that have it."""
     if not tables:
         return [warning("there is no such table or partition now, nothing will come")]
     concerned: dict[_Concern, list[Table]] = {}
     for table in tables:
-        for concern in _concerns(table, route, masked):
+        for concern in _with_cheapest(table, route, masked, is_keyed=table.relation in keyed):
             concerned.setdefault(concern, []).append(table)
     if not concerned:
         return [ok(_summed(tables))]
@@ -120,15 +189,14 @@ def _judge(tables: Sequence[Table], route: Route, masked: frozenset[str]) -> lis
 
 _IDENTITIES: Final = {"d": "default", "f": "full", "i": "using index", "n": "nothing"}
 
-_KINDS: Final = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
-
 _SHOWN: Final = 3
 """How many tables are named before the others are only counted."""
 
 
 def _summed(tables: Sequence[Table]) -> str:
     identities = sorted({_IDENTITIES[table.replica_identity] for table in tables})
-    count = f"{len(tables)} tables, " if len(tables) > 1 else ""
+    what = "partitions" if all(table.ancestors for table in tables) else "tables"
+    count = f"{len(tables)} {what}, " if len(tables) > 1 else ""
     return f"{count}replica identity {' and '.join(identities)}"
 
 
@@ -147,19 +215,33 @@ def _alter(table: Table, clause: str) -> str:
 
 
 _FULL: Final = "REPLICA IDENTITY FULL"
+_DEFAULT: Final = "REPLICA IDENTITY DEFAULT"
 _LOGGED: Final = "SET LOGGED"
 
 
+def _with_cheapest(
+    table: Table, route: Route, masked: frozenset[str], *, is_keyed: bool
+) -> list[_Concern]:
+    """List the concerns; they are mended by the key where that is enough, which costs no WAL."""
+    concerns = list(_concerns(table, route, masked))
+    if is_keyed and any(concern.clause == _FULL for concern in concerns):
+        by_key = msgspec.structs.replace(table, replica_identity="d", identity=table.key)
+        if not any(concern.clause == _FULL for concern in _concerns(by_key, route, masked)):
+            return [
+                msgspec.structs.replace(concern, clause=_DEFAULT)
+                if concern.clause == _FULL
+                else concern
+                for concern in concerns
+            ]
+    return concerns
+
+
 def _concerns(table: Table, route: Route, masked: frozenset[str]) -> Iterator[_Concern]:
-    if table.kind != "r":
-        kind = _KINDS.get(table.kind, "not a table")
-        yield _Concern(Status.PROBLEM, f"is {kind}, which has no changes of its own")
-        return
-    if table.persistence == "t":
-        yield _Concern(Status.PROBLEM, "is temporary: its changes never reach the WAL")
-        return
-    if table.persistence == "u":
-        yield _Concern(Status.PROBLEM, "is unlogged: its changes never reach the WAL", _LOGGED)
+    if reason := hopeless(table):
+        clause = _LOGGED if table.persistence == "u" else ""
+        yield _Concern(Status.PROBLEM, reason, clause)
+        if not clause:
+            return
     if route.where is not None:
         unknown = columns(route.where) - {column.name for column in table.columns}
         if unknown:
@@ -261,11 +343,23 @@ def _listed(names: Iterable[str]) -> str:
 
 _PARTITIONS: Final = sql.SQL(
     """
-    SELECT n.nspname, c.relname
-      FROM pg_partition_tree(format('%%I.%%I', %(schema)s::text, %(name)s::text)::regclass) AS t
-      JOIN pg_class c ON c.oid = t.relid
+    SELECT pn.nspname, p.relname
+      FROM pg_class c
       JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE t.isleaf
+     CROSS JOIN pg_partition_tree(c.oid) AS t
+      JOIN pg_class p ON p.oid = t.relid
+      JOIN pg_namespace pn ON pn.oid = p.relnamespace
+     WHERE n.nspname = %(schema)s AND c.relname = %(name)s AND t.isleaf
      ORDER BY 1, 2
+    """
+)
+
+_KEYED: Final = sql.SQL(
+    """
+    SELECT n.nspname, c.relname
+      FROM pg_index i
+      JOIN pg_class c ON c.oid = i.indrelid
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE i.indisprimary AND i.indimmediate AND c.relreplident NOT IN ('d', 'f')
     """
 )

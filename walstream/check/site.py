@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Final, Literal, TypeAlias
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import TupleRow
 
-from walstream.catalog import Catalog
-from walstream.check.findings import Finding, Outcome, failed, skipped
+from walstream.assembly import Attached, make_router
+from walstream.catalog import Catalog, Query
+from walstream.check.findings import Finding, Outcome, failed, skipped, unreachable
 from walstream.config import Config
 from walstream.connection import ReplicationConnection
-from walstream.errors import WalstreamError
-from walstream.postgres import connect, server_error
+from walstream.errors import ConfigError, UsageError, WalstreamError
+from walstream.postgres import connect, cut, server_error
+from walstream.router import Router
 
 Need: TypeAlias = Literal["catalog", "replication", "probe", "slot"]
 
@@ -27,6 +29,11 @@ _LACKING: Final[dict[Need, str]] = {
     "slot": "there is no slot",
 }
 
+QUERY_SECONDS: Final = 3.0
+"""How long the server may take for an answer from its catalog, which may be locked."""
+
+QUESTION_SECONDS: Final = 15.0
+"""How long a question may take with all of its queries; then its connections are cut."""
 
 END_SECONDS: Final = 5.0
 """How long the walsender is watched ending."""
@@ -36,63 +43,136 @@ _LOOK_SECONDS: Final = 0.01
 _WALSENDER: Final = sql.SQL("SELECT FROM pg_stat_get_wal_senders() WHERE pid = %(pid)s")
 
 
+class Link(msgspec.Struct, frozen=True):
+    """What is known of a connection from opening it.
+
+    ``announced_pid`` is what it was greeted with, ``backend_pid`` who answers: a pooler greets with
+    a number of its own. ``address`` is empty for a socket. ``ahead_seconds`` is how far the
+    server's clock is ahead of ours, by at most ``error_seconds`` more or less.
+    """
+
+    user: str
+    host: str
+    address: str
+    database: str
+    is_encrypted: bool
+    sslmode: str
+    announced_pid: int
+    backend_pid: int
+    started_at: str
+    in_recovery: bool
+    ahead_seconds: float
+    error_seconds: float
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether somebody stands between us and the server."""
+        return self.announced_pid != self.backend_pid
+
+
 class Walsender(msgspec.Struct, frozen=True):
-    """The replication connection, and what is known of it from connecting."""
+    """The replication connection; ``session`` is the same one, for queries before it streams."""
 
     connection: ReplicationConnection
+    session: AsyncConnection[TupleRow]
     user: str
     pid: int
     major: int
 
 
+class _QuickCatalog(Catalog):
+    """The catalog, which is not waited for long."""
+
+    async def rows(
+        self,
+        query: Query,
+        parameters: Mapping[str, Any] | Sequence[Any] | None = None,
+        *,
+        seconds: float = QUERY_SECONDS,
+    ) -> list[TupleRow]:
+        return await super().rows(query, parameters, seconds=min(seconds, QUERY_SECONDS))
+
+
 class Site:
     """The configuration, and the connections as far as they came about.
 
-    ``catalog_user`` is set once the catalog can be asked, ``probe_slot`` once there is a temporary
-    slot to stream from, ``slot_exists`` once the configured one was seen.
+    ``links`` has those that were opened. ``catalog_user`` is set once the catalog can be asked,
+    ``probe_slot`` once there is a temporary slot to stream from, ``slot_exists`` once the
+    configured one was seen.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, handlers: Sequence[Attached] = ()) -> None:
         """Connect to nothing yet.
 
         Raises:
             ConfigError: a file that a secret is in cannot be read.
         """
         self.config = config
+        self.handlers = handlers
         self.slot_name = config.slot.name
         self.masking_key = config.masking.secret()
-        self._application_name = f"{config.postgres.application_name} check"[:63]
-        self.catalog = Catalog(
-            config.postgres.catalog_dsn(), application_name=self._application_name
+        self.application_name = f"{config.postgres.application_name} check"[:63]
+        self.catalog: Catalog = _QuickCatalog(
+            config.postgres.catalog_dsn(), application_name=self.application_name
         )
+        self.links: dict[Literal["catalog", "replication"], Link] = {}
         self.catalog_user = ""
         self.walsender: Walsender | None = None
         self.probe_slot = ""
         self.slot_exists = False
+        self._is_stuck = False
+        self._others: list[AsyncConnection[TupleRow]] = []
+
+    def router(self) -> Router | None:
+        """Return the routes that a run would have; None when they cannot be made."""
+        try:
+            return make_router(self.config, self.handlers)
+        except (ConfigError, UsageError):
+            return None
 
     async def connect(self, dsn: str, *, replication: bool = False) -> AsyncConnection[TupleRow]:
-        """Connect as walstream does, under a name of its own."""
-        return await connect(dsn, application_name=self._application_name, replication=replication)
+        """Connect as walstream does, under a name of its own; closed at the end at the latest."""
+        connection = await connect(
+            dsn, application_name=self.application_name, replication=replication
+        )
+        self._others.append(connection)
+        return connection
 
     async def close(self) -> None:
         """Close the connections, and see that the server has dropped the temporary slot."""
-        if self.walsender is not None:
-            await self.walsender.connection.close()
-            if self.catalog_user:
-                await self._see_the_end_of(self.walsender)
+        for connection in self._others:
+            await connection.close()
+        if self.walsender is not None and self.catalog_user and not self._is_stuck:
+            await self._see_the_end_of(self.walsender)
         await self.catalog.close()
 
     async def _see_the_end_of(self, walsender: Walsender) -> None:
         """Wait until it has ended, a moment after its client is gone; its slot goes with it."""
+        deadline = asyncio.get_running_loop().time() + END_SECONDS
         try:
-            async with asyncio.timeout(END_SECONDS):
-                while await self.catalog.rows(_WALSENDER, {"pid": walsender.pid}):  # noqa: ASYNC110
-                    await asyncio.sleep(_LOOK_SECONDS)
-        except (TimeoutError, WalstreamError):
+            while await self.catalog.rows(_WALSENDER, {"pid": walsender.pid}):
+                if asyncio.get_running_loop().time() > deadline:
+                    return
+                await asyncio.sleep(_LOOK_SECONDS)
+        except WalstreamError:
             pass  # it ends without a witness
+
+    def give_up(self) -> None:
+        """Cut all connections: who waits for an answer gets an error at once."""
+        self._is_stuck = True
+        self.catalog.abandon()
+        for connection in self._others:
+            cut(connection)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the server has once not answered in time."""
+        return self._is_stuck
 
     def lacks(self, *needs: Need) -> str:
         """Say what is needed and not there; nothing when all is."""
+        if needs and self._is_stuck:
+            return "the server does not answer in time"
         present: dict[Need, bool] = {
             "catalog": bool(self.catalog_user),
             "replication": self.walsender is not None,
@@ -109,29 +189,57 @@ class Site:
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One check; it is skipped unless what it ``needs`` is there."""
+    """One check; it is skipped unless what it ``needs`` is there, and left out if it gives None."""
 
     group: str
     name: str
-    ask: Callable[[Site], Awaitable[Outcome]]
+    ask: Callable[[Site], Awaitable[Outcome | None]]
     needs: tuple[Need, ...] = ()
 
 
 async def asked(site: Site, questions: Iterable[Question]) -> list[Finding]:
     """Ask one after another: a later one may build on what an earlier one has opened."""
     return [
-        Finding.of(question.group, question.name, await _answer(site, question))
+        Finding.of(question.group, question.name, outcome)
         for question in questions
+        if (outcome := await _answer(site, question)) is not None
     ]
 
 
-async def _answer(site: Site, question: Question) -> Outcome:
+async def _answer(site: Site, question: Question) -> Outcome | None:
     lacking = site.lacks(*question.needs)
     if lacking:
         return skipped(lacking)
+    return await answered(site, question.ask(site))
+
+
+async def answered(site: Site, answer: Awaitable[Outcome | None]) -> Outcome | None:
+    """Wait for an answer, but not for ever; an error is an answer too."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    timer = loop.call_later(QUESTION_SECONDS, site.give_up)
     try:
-        return await question.ask(site)
+        return await answer
     except WalstreamError as error:
-        return failed(error)
+        failure = error
     except psycopg.Error as error:
-        return failed(server_error(error))
+        failure = server_error(error)
+    finally:
+        timer.cancel()
+    # Cut by ourselves: that it is cut says nothing about the server.
+    if site.is_stuck or (failure.__cause__ is not None and _is_late(loop.time() - began, failure)):
+        site.give_up()
+        return unreachable("the server does not answer in time", _LOOK_AT_LOCKS)
+    return failed(failure)
+
+
+def _is_late(elapsed_seconds: float, failure: WalstreamError) -> bool:
+    return elapsed_seconds >= QUERY_SECONDS and isinstance(
+        failure.__cause__, psycopg.OperationalError
+    )
+
+
+_LOOK_AT_LOCKS: Final = (
+    "-- see whether the server is overloaded, or somebody holds a lock on its catalog:"
+    " SELECT * FROM pg_locks WHERE NOT granted"
+)

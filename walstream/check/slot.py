@@ -1,13 +1,36 @@
-"""The slot: whether it can be streamed from, where it stands, and the WAL that it retains."""
+"""The slot: whether it can be streamed from, where it stands, and what it costs the server."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from walstream.check.findings import Outcome, literal, ok, problem, skipped, warning
+from psycopg import sql
+
+from walstream.check.findings import (
+    RELOAD,
+    Outcome,
+    duration,
+    identifier,
+    in_words,
+    literal,
+    ok,
+    problem,
+    size,
+    skipped,
+    warning,
+)
 from walstream.check.site import Question, Site
 from walstream.errors import SlotBusy, SlotLost, SlotMissing, SlotUnfit
-from walstream.slots import PLUGIN, slot_status, usable_slot
+from walstream.slots import FAILOVER_VERSION, PLUGIN, SlotStatus, slot_status, usable_slot
+
+AT_RISK_FRACTION: Final = 0.1
+"""So little of max_slot_wal_keep_size left is a risk."""
+
+SPILLED_FRACTION: Final = 0.1
+"""So much of what was decoded may go through the disk."""
+
+OLD_XMIN: Final = 200_000_000
+"""At this age, the default of autovacuum_freeze_max_age, what holds back vacuum is noticed."""
 
 
 async def _state(site: Site) -> Outcome:
@@ -17,17 +40,21 @@ async def _state(site: Site) -> Outcome:
     except SlotMissing as missing:
         if site.config.slot.create:
             return ok(f"{name} does not exist yet, the first start creates it")
-        return problem(missing.message, _create(name))
+        return problem(missing.message, *_create(name))
     site.slot_exists = True
     try:
         await usable_slot(site.catalog, name)
     except SlotUnfit as unfit:
-        return problem(unfit.message, unfit.hint)
+        return problem(unfit.message, *in_words(unfit.hint))
     except SlotLost as lost:
-        return problem(lost.message, _create_again(name))
-    except SlotBusy:
+        return problem(lost.message, *_create_again(name), _GONE)
+    except SlotBusy as busy:
+        if not status.active:
+            return problem(busy.message, *in_words(busy.hint))
         return ok(f"{name} is in use by {status.holder}")
-    return ok(f"{name} is there, nobody streams from it")
+    ((idle_seconds,),) = await site.catalog.rows(_IDLE, {"name": name})
+    since = "" if idle_seconds is None else f", for {duration(idle_seconds)} now"
+    return ok(f"{name} is there, nobody streams from it{since}")
 
 
 async def _position(site: Site) -> Outcome:
@@ -39,47 +66,197 @@ async def _position(site: Site) -> Outcome:
         return problem(
             f"{status.confirmed_flush_lsn} is beyond the server's own: until it is there, no change"
             " is sent",
-            _create_again(site.slot_name),
+            *_create_again(site.slot_name),
         )
-    return ok(f"{status.confirmed_flush_lsn}, {_size(status.lag_bytes)} behind the server's")
+    return ok(f"{status.confirmed_flush_lsn}, {size(status.lag_bytes)} behind the server's")
 
 
 async def _retained_wal(site: Site) -> Outcome:
     status = await slot_status(site.catalog, site.slot_name)
-    if status.retained_wal_bytes is None:
+    retained = status.retained_wal_bytes
+    if retained is None:
         return skipped("the slot retains none")
-    found = f"{_size(status.retained_wal_bytes)}, wal_status {status.wal_status}"
-    match status.wal_status:
-        case "unreserved":
-            return warning(
-                f"{found}: the slot is about to be lost",
-                "start walstream now, or raise max_slot_wal_keep_size",
-            )
-        case "extended":
-            return warning(f"{found}: more than max_wal_size", "start walstream")
-        case _:
-            return ok(found)
+    found = f"{size(retained)}, wal_status {status.wal_status}"
+    catch_up = "$ walstream run --until now" if not status.active else _HELD_BACK
+    limits = site.config.retained_wal
+    if limits.drop_slot_at_bytes is not None and retained >= limits.drop_slot_at_bytes:
+        return problem(
+            f"{found}: above drop_slot_at_bytes ({size(limits.drop_slot_at_bytes)}), walstream"
+            " drops the slot, and what it has not delivered is lost",
+            "-- raise drop_slot_at_bytes under [retained_wal]; or give up what is retained:",
+            *_give_up(site.slot_name),
+        )
+    if limits.stop_at_bytes is not None and retained >= limits.stop_at_bytes:
+        return problem(
+            f"{found}: above stop_at_bytes ({size(limits.stop_at_bytes)}), walstream stops at once",
+            "-- raise stop_at_bytes under [retained_wal]; or give up what is retained:",
+            *_give_up(site.slot_name),
+        )
+    if status.wal_status == "unreserved" or _is_at_risk(status):
+        return warning(f"{found}: the slot is about to be lost", catch_up, _RAISE)
+    if limits.warn_at_bytes is not None and retained >= limits.warn_at_bytes:
+        return warning(f"{found}: above warn_at_bytes ({size(limits.warn_at_bytes)})", catch_up)
+    if status.wal_status == "extended":
+        return warning(f"{found}: more than max_wal_size", catch_up)
+    return ok(found)
 
 
-def _create_again(name: str) -> str:
-    return f"SELECT pg_drop_replication_slot({literal(name)});\n{_create(name)}"
+def _is_at_risk(status: SlotStatus) -> bool:
+    bound, safe = status.max_slot_wal_keep_size_bytes, status.safe_wal_size_bytes
+    return bound is not None and safe is not None and safe < AT_RISK_FRACTION * bound
 
 
-def _create(name: str) -> str:
-    return f"SELECT pg_create_logical_replication_slot({literal(name)}, '{PLUGIN}');"
+async def _vacuum(site: Site) -> Outcome | None:
+    """Look at the oldest transaction whose traces in the catalog the slot still needs."""
+    ((age,),) = await site.catalog.rows(_XMIN_AGE, {"name": site.slot_name})
+    if age is None or age < OLD_XMIN:
+        return None
+    return warning(
+        f"its catalog_xmin is {age:,} transactions old: vacuum cannot clean the system catalogs,"
+        " and the server nears a wraparound",
+        "$ walstream run --until now",
+    )
 
 
-def _size(size_bytes: int) -> str:
-    scaled = float(size_bytes)
-    for unit in ("bytes", "kB", "MB"):
-        if scaled < 1024:  # noqa: PLR2004 - binary units under the names that Postgres gives them
-            return f"{scaled:.0f} {unit}"
-        scaled /= 1024
-    return f"{scaled:.1f} GB"
+async def _spills(site: Site) -> Outcome | None:
+    rows = await site.catalog.rows(_SPILLS, {"name": site.slot_name})
+    if not rows or not rows[0][0]:
+        return None
+    ((transactions, spilled_bytes, total_bytes, work_mem, work_mem_text),) = rows
+    found = f"{transactions} transactions, {size(spilled_bytes)} of {size(total_bytes)}"
+    if spilled_bytes < SPILLED_FRACTION * total_bytes:
+        return ok(found)
+    role = identifier(site.walsender.user if site.walsender else site.catalog_user)
+    return warning(
+        f"{found} went through the disk: logical_decoding_work_mem is {work_mem_text}",
+        f"ALTER ROLE {role} SET logical_decoding_work_mem = '{_more(work_mem)}MB';",
+        f"SELECT pg_stat_reset_replication_slot({literal(site.slot_name)});",
+    )
 
+
+def _more(work_mem_bytes: int) -> int:
+    """Return four times as much, in whole MB, and at least Postgres' default."""
+    return max(4 * work_mem_bytes >> 20, 64)
+
+
+async def _failover(site: Site) -> Outcome | None:
+    """Compare the wish for copies of the slot on standbys with what is there."""
+    server = await site.catalog.server()
+    wished = site.config.slot.failover
+    if server.version < FAILOVER_VERSION:
+        if not wished:
+            return None
+        return problem(
+            f"failover = true needs PostgreSQL {FAILOVER_VERSION // 10_000} or later",
+            "-- leave out failover = true under [slot]",
+        )
+    try:
+        status = await slot_status(site.catalog, site.slot_name)
+    except SlotMissing:
+        return None
+    if wished and not status.failover:
+        return warning(
+            "standbys keep no copy of the slot: a failover loses it",
+            f"$ walstream slot alter --failover --name {site.slot_name}",
+        )
+    if not status.failover:
+        return None
+    return await _synchronized(site)
+
+
+async def _synchronized(site: Site) -> Outcome:
+    """A failover slot waits for the standbys that synchronized_standby_slots names."""
+    ((setting, missing, kept, standbys),) = await site.catalog.rows(_STANDBY_SLOTS)
+    if missing:
+        return problem(
+            f"walstream gets nothing: synchronized_standby_slots names {', '.join(missing)}, which"
+            " no standby streams from",
+            f"ALTER SYSTEM SET synchronized_standby_slots = {_literals(kept)};",
+            RELOAD,
+            "-- or start the standby",
+        )
+    if setting:
+        return ok(f"standbys keep a copy of the slot, {setting} before walstream gets a change")
+    if not standbys:
+        return warning(
+            "no standby streams through a slot of its own, which copies of the slot need",
+            "-- set primary_slot_name, sync_replication_slots and hot_standby_feedback there",
+        )
+    return warning(
+        "walstream may be ahead of the standby that is promoted: synchronized_standby_slots is"
+        " empty",
+        f"ALTER SYSTEM SET synchronized_standby_slots = {_literals(standbys)};",
+        RELOAD,
+    )
+
+
+def _literals(names: list[str] | None) -> str:
+    return ", ".join(map(literal, names)) if names else "''"
+
+
+def _create_again(name: str) -> list[str]:
+    return [f"SELECT pg_drop_replication_slot({literal(name)});", *_create(name)]
+
+
+def _create(name: str) -> list[str]:
+    return [f"SELECT pg_create_logical_replication_slot({literal(name)}, '{PLUGIN}');"]
+
+
+def _give_up(name: str) -> list[str]:
+    return [f"SELECT pg_replication_slot_advance({literal(name)}, pg_current_wal_lsn());"]
+
+
+_GONE: Final = "-- bring what was lost meanwhile over by other means"
+_HELD_BACK: Final = "-- see what walstream waits for: a handler, a sink, or a long transaction"
+_RAISE: Final = "-- or raise max_slot_wal_keep_size"
 
 QUESTIONS: Final = (
     Question("slot", "state", _state, ("catalog",)),
     Question("slot", "position", _position, ("catalog", "slot")),
     Question("slot", "retained WAL", _retained_wal, ("catalog", "slot")),
+    Question("slot", "vacuum", _vacuum, ("catalog", "slot")),
+    Question("slot", "spills", _spills, ("catalog", "slot")),
+    Question("slot", "failover", _failover, ("catalog",)),
+)
+
+_IDLE: Final = sql.SQL(
+    """
+    SELECT extract(epoch FROM clock_timestamp()
+                              - (to_jsonb(s) ->> 'inactive_since')::timestamptz)::float8
+      FROM pg_replication_slots s
+     WHERE slot_name = %(name)s
+    """
+)
+
+_XMIN_AGE: Final = sql.SQL(
+    "SELECT age(catalog_xmin) FROM pg_replication_slots WHERE slot_name = %(name)s"
+)
+
+_SPILLS: Final = sql.SQL(
+    """
+    SELECT t.spill_txns, t.spill_bytes, t.total_bytes,
+           pg_size_bytes(current_setting('logical_decoding_work_mem')),
+           current_setting('logical_decoding_work_mem')
+      FROM pg_stat_replication_slots t
+     WHERE t.slot_name = %(name)s
+    """
+)
+
+_STANDBY_SLOTS: Final = sql.SQL(
+    """
+    WITH named AS (
+        SELECT trim(both ' "' FROM name) AS name
+          FROM regexp_split_to_table(
+                   current_setting('synchronized_standby_slots', true), ',') AS name
+         WHERE trim(name) <> ''
+    ), streaming AS (
+        SELECT slot_name::text AS name
+          FROM pg_replication_slots
+         WHERE slot_type = 'physical' AND active
+    )
+    SELECT current_setting('synchronized_standby_slots', true),
+           (SELECT array_agg(name) FROM named WHERE name NOT IN (SELECT name FROM streaming)),
+           (SELECT array_agg(name) FROM named WHERE name IN (SELECT name FROM streaming)),
+           (SELECT array_agg(name) FROM streaming)
+    """
 )

@@ -22,7 +22,7 @@ from walstream.catalog import Catalog
 from walstream.changes import Change, Message, Operation
 from walstream.cli.options import ConfigFile, Dsn, load_config
 from walstream.cli.routing import load_handlers
-from walstream.cli.streaming import leave, run_until_signal
+from walstream.cli.streaming import leave
 from walstream.config import Config, StdoutSinkConfig
 from walstream.dead_letters import (
     DeadLetterStore,
@@ -36,6 +36,7 @@ from walstream.dead_letters.rows import MESSAGE
 from walstream.errors import LettersLeft, UsageError, WalstreamError
 from walstream.keys import NO_KEY, WHOLE_TABLE, Key
 from walstream.replay import Replay, RouteReport
+from walstream.service import run_until_signal
 
 app = typer.Typer(
     help="Look at, deliver again, and drop the changes that could not be delivered.",
@@ -310,7 +311,7 @@ def replay(  # noqa: PLR0913 - one for each option
             _confirm(len(letters), "replay")
 
     try:
-        reports = run_until_signal(replaying, lambda: replaying.run(query, confirm))
+        reports = asyncio.run(run_until_signal(replaying, lambda: replaying.run(query, confirm)))
         # Where a sink is the standard output, letters go there.
         has_stdout = any(isinstance(sink, StdoutSinkConfig) for sink in settings.sinks.values())
         _print_reports(reports, as_json=json, err=has_stdout)

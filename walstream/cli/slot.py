@@ -19,12 +19,19 @@ from walstream.config import Config, SlotConfig
 from walstream.connection import ReplicationConnection
 from walstream.errors import ConfigError, UsageError
 from walstream.lsn import Lsn
-from walstream.slots import SlotStatus, advance_slot, create_slot, drop_slot, slot_status
+from walstream.slots import (
+    SlotStatus,
+    advance_slot,
+    alter_slot,
+    create_slot,
+    drop_slot,
+    slot_status,
+)
 
 T = TypeVar("T")
 
 app = typer.Typer(
-    help="Create, drop, look at and advance the replication slot.", no_args_is_help=True
+    help="Create, alter, drop, look at and advance the replication slot.", no_args_is_help=True
 )
 
 Name = Annotated[
@@ -33,7 +40,19 @@ Name = Annotated[
 
 
 @app.command()
-def create(config: ConfigFile = None, dsn: Dsn = None, name: Name = None) -> None:
+def create(
+    config: ConfigFile = None,
+    dsn: Dsn = None,
+    name: Name = None,
+    *,
+    failover: Annotated[
+        bool | None,
+        typer.Option(
+            "--failover/--no-failover",
+            help="Let standbys keep a copy (PostgreSQL 17); by default as the configuration says.",
+        ),
+    ] = None,
+) -> None:
     """Create the slot for wal2json: changes are kept from now on.
 
     From then on the server keeps all WAL until it is confirmed. Undo it by [bold]walstream slot
@@ -41,11 +60,34 @@ def create(config: ConfigFile = None, dsn: Dsn = None, name: Name = None) -> Non
     """
 
     async def work(settings: Config, catalog: Catalog, slot: str) -> None:
-        async with await ReplicationConnection.open(
-            settings.postgres.streaming_dsn(), application_name=settings.postgres.application_name
-        ) as connection:
-            created = await create_slot(connection, catalog, slot)
+        async with await _replication(settings) as connection:
+            wished = settings.slot.failover if failover is None else failover
+            created = await create_slot(connection, catalog, slot, failover=wished)
         typer.echo(f"created {created.name} at {created.consistent_point}")
+
+    _with_catalog(config, dsn, name, work)
+
+
+@app.command()
+def alter(
+    config: ConfigFile = None,
+    dsn: Dsn = None,
+    name: Name = None,
+    *,
+    failover: Annotated[
+        bool,
+        typer.Option("--failover/--no-failover", help="Whether standbys keep a copy of the slot."),
+    ],
+) -> None:
+    """Let standbys keep a copy of the slot, or not any more (PostgreSQL 17 and later).
+
+    Nobody may stream from it meanwhile.
+    """
+
+    async def work(settings: Config, catalog: Catalog, slot: str) -> None:
+        async with await _replication(settings) as connection:
+            await alter_slot(connection, catalog, slot, failover=failover)
+        typer.echo(f"{slot}: failover is {'on' if failover else 'off'}")
 
     _with_catalog(config, dsn, name, work)
 
@@ -95,6 +137,12 @@ def advance(
         typer.echo(f"{slot} stands at {await advance_slot(catalog, slot, position)}")
 
     _with_catalog(config, dsn, name, work)
+
+
+async def _replication(settings: Config) -> ReplicationConnection:
+    return await ReplicationConnection.open(
+        settings.postgres.streaming_dsn(), application_name=settings.postgres.application_name
+    )
 
 
 def _with_catalog(

@@ -7,13 +7,11 @@ import gc
 import importlib
 import os
 import secrets
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import Annotated, Final
 
 import structlog
 import typer
@@ -23,28 +21,16 @@ from walstream.app import Walstream
 from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.reporting import report
 from walstream.config import RouteSpec
-from walstream.daemon import Daemon, Summary
+from walstream.daemon import Daemon
 from walstream.destinations import Sink
 from walstream.errors import EX_OK, ConfigError, OutputClosed, UsageError, WalstreamError
 from walstream.recording import Recorder
+from walstream.service import Stoppable, run_until_signal, serve
 from walstream.sinks.limited import LimitedSink, NullSink
 from walstream.sinks.stdout import StdoutSink
 from walstream.sinks.terminal import TerminalSink
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.cli")
-
-T = TypeVar("T")
-
-
-class Stoppable(Protocol):
-    """Work that goes on until it is told to stop."""
-
-    def stop(self) -> None:
-        """Finish what is in hand."""
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a handler's function still runs although the work has ended."""
 
 
 def run(
@@ -64,21 +50,31 @@ def run(
             help="Stop once all that committed before this position is acknowledged.",
         ),
     ] = None,
+    *,
+    accept_gap: Annotated[
+        bool,
+        typer.Option(
+            "--accept-gap",
+            help="Begin at the slot's position although the state file says that changes are"
+            " missing, or were delivered that this server does not have.",
+        ),
+    ] = False,
 ) -> None:
     """Stream changes from the slot to handlers and sinks, until stopped.
 
     SIGINT or SIGTERM finishes the transaction in hand, confirms, and exits 0; a second one exits at
-    once.
+    once. SIGHUP reads the configuration again: routes, sinks and the log level are taken over while
+    it streams, and files are reopened.
     """
     settings = load_config(config, dsn)
     logs.configure(settings.log.level, settings.log.format)
     tell_ignored_environment()
     app = app or settings.handlers.app
     handlers = load_app(app).handlers if app else []
-    daemon = Daemon(settings, handlers, until=until)
+    daemon = Daemon(settings, handlers, until=until, accept_gap=accept_gap)
     collect_less()
     try:
-        summary = run_daemon(daemon)
+        summary = asyncio.run(serve(daemon, lambda: load_config(config, dsn)))
     except WalstreamError as error:
         leave(daemon, error)
         raise
@@ -169,7 +165,7 @@ def tail(  # noqa: PLR0913 - the options of a command
             if isinstance(one, Recorder | LimitedSink):
                 one.on_full = daemon.stop
         try:
-            run_daemon(daemon)
+            asyncio.run(run_until_signal(daemon, daemon.run))
         except OutputClosed:  # the reader of the pipe has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if recorder is not None:
@@ -231,33 +227,6 @@ def load_app(path: str) -> Walstream:
         message = f"{path} is a {type(found).__name__}, not a Walstream"
         raise UsageError(message)
     return found
-
-
-def run_daemon(daemon: Daemon) -> Summary:
-    """Run until it ends or is told to by a signal; the second signal exits at once."""
-    return run_until_signal(daemon, daemon.run)
-
-
-def run_until_signal(stoppable: Stoppable, run: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """As `run_daemon`, for whatever else can be stopped."""
-    return asyncio.run(_run_with_signals(stoppable, run))
-
-
-async def _run_with_signals(stoppable: Stoppable, run: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    loop = asyncio.get_running_loop()
-    signalled = False
-
-    def on_signal(number: signal.Signals) -> None:
-        nonlocal signalled
-        if signalled:
-            os._exit(128 + number)
-        signalled = True
-        log.info("stopping", signal=number.name)
-        stoppable.stop()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
-    return await run()
 
 
 def leave(stoppable: Stoppable, error: WalstreamError | None = None) -> None:

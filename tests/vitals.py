@@ -1,0 +1,88 @@
+"""Made-up vitals: a process with something of everything, and one that has just begun."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from walstream.changes import Operation, Relation
+from walstream.lsn import Lsn
+from walstream.vitals import (
+    CALL_SECONDS_BOUNDS,
+    CallTimes,
+    ChangeCount,
+    DestinationVitals,
+    LostCount,
+    Outcome,
+    Phase,
+    RouteVitals,
+    SlotVitals,
+    Vitals,
+)
+
+CALLS: Final = CallTimes((*range(len(CALL_SECONDS_BOUNDS)), 7), 12.5)
+
+
+def full(**differs: Any) -> Vitals:
+    """A process that streams, with a sample for every metric."""
+    vitals = Vitals(
+        phase=Phase.STREAMING,
+        phase_seconds=61.5,
+        slot_name="shop",
+        is_ready=True,
+        is_alive=True,
+        received_lsn=Lsn.parse("16/B374D848"),
+        flush_lsn=Lsn.parse("16/B374A000"),
+        server_lsn=Lsn.parse("16/B374D848"),
+        lag_bytes=14_408,
+        lag_seconds=0.25,
+        in_flight_changes=3,
+        in_flight_bytes=900,
+        in_flight_transactions=2,
+        transactions=500,
+        changes_received=1234,
+        messages=4,
+        sessions=2,
+        reconnects={"ConnectionLost": 1},
+        reloads=3,
+        reloads_refused=1,
+        dead_letters=5,
+        slot=SlotVitals(
+            confirmed_flush_lsn=Lsn.parse("16/B3740000"),
+            restart_lsn=Lsn.parse("16/B3700000"),
+            wal_status="reserved",
+            retained_wal_bytes=1 << 24,
+            safe_wal_size_bytes=1 << 30,
+            spilled_transactions=1,
+            spills=2,
+            spilled_bytes=1 << 26,
+        ),
+        changes=(
+            ChangeCount(Relation("public", "orders"), Operation.INSERT, Outcome.ROUTED, 1000),
+            ChangeCount(Relation("public", "orders"), Operation.DELETE, Outcome.DROPPED, 34),
+            ChangeCount(Relation("odd", 'a "b"\\\n é'), Operation.UPDATE, Outcome.ROUTED, 200),
+        ),
+        lost=(LostCount("public.heap", "update", 6),),
+        routes=(RouteVitals("orders", 900, 90, 10), RouteVitals("orders", 1, 2, 3)),
+        destinations=(
+            DestinationVitals(
+                "orders", 900, 8, 1, 2, 3, 4, waiting=3, held_seconds=0.5, calls=CALLS
+            ),
+            DestinationVitals("archive", 0, 0, 0, 0, 0, 0),
+        ),
+    )
+    return msgspec.structs.replace(vitals, **differs)
+
+
+def young(**differs: Any) -> Vitals:
+    """A process that has not connected yet."""
+    vitals = Vitals(
+        phase=Phase.CONNECTING,
+        phase_seconds=0.1,
+        slot_name="shop",
+        is_ready=False,
+        is_alive=True,
+        reason="the server is not connected yet",
+    )
+    return msgspec.structs.replace(vitals, **differs)

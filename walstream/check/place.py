@@ -1,0 +1,207 @@
+"""The place where walstream runs: its state file, its sinks' files, its extra packages.
+
+Looked at as the user who asks. Nothing is opened for writing, nor locked: walstream may be running.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shlex
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final, assert_never
+
+from walstream.check.findings import Finding, Outcome, failed, ok, problem, skipped, warning
+from walstream.check.site import Question, Site, answered
+from walstream.config import FileSinkConfig, SinkConfig, StdoutSinkConfig
+from walstream.connection import SystemIdentity
+from walstream.errors import SetupError, SlotMissing, Unavailable, WalstreamError
+from walstream.lineage import Lineage, Standing, verify
+from walstream.lsn import ZERO
+from walstream.slots import slot_status
+from walstream.state import STATE_DIRECTORY, StateFile, state_path
+
+# ---- The state file
+
+
+async def _state(site: Site) -> Outcome:
+    path = state_path(site.config.state.path, site.slot_name)
+    if path is None:
+        return warning(
+            f"not kept: neither path under [state] nor {STATE_DIRECTORY} is there, and a failover"
+            " or restore while walstream does not run goes unnoticed",
+            "-- set path under [state], or StateDirectory=walstream in systemd's unit",
+        )
+    unwritable = unwritable_folder(path)
+    if unwritable is not None:
+        return unwritable
+    last = await StateFile(path, site.slot_name).load()
+    if last is None:
+        return ok(f"{path}, which the first start makes")
+    return ok(f"{path}: {last.flush_lsn} on timeline {last.timeline} was confirmed")
+
+
+async def _lineage(site: Site) -> Outcome | None:
+    """Ask beforehand what a start asks: whether the slot goes on from what was confirmed."""
+    path = state_path(site.config.state.path, site.slot_name)
+    if path is None:
+        return None
+    try:
+        last = await StateFile(path, site.slot_name).load()
+    except SetupError:
+        return None  # told of already
+    if last is None:
+        return None
+    identity = await site.replication.identify_system()
+    verify(last, await _standing(site, last, identity), site.slot_name)
+    return ok("the slot goes on from what was confirmed last")
+
+
+async def _standing(site: Site, last: Lineage, identity: SystemIdentity) -> Standing:
+    try:
+        slot_lsn = (await slot_status(site.catalog, site.slot_name)).confirmed_flush_lsn or ZERO
+    except SlotMissing:
+        slot_lsn = None
+    history = ()
+    if identity.timeline not in {1, last.timeline}:
+        history = await site.replication.timeline_history(identity.timeline)
+    return Standing(
+        systemid=identity.systemid,
+        timeline=identity.timeline,
+        flush_lsn=identity.flush_lsn,
+        slot_lsn=slot_lsn,
+        in_recovery=site.links["replication"].in_recovery,
+        history=history,
+    )
+
+
+# ---- Files
+
+
+def unwritable_folder(path: Path) -> Outcome | None:
+    """Say what keeps a file from being written, and its folder from taking new ones."""
+    path = path.absolute()
+    folder = path.parent
+    if not folder.exists():
+        return problem(
+            f"the folder {folder} is not there", f"$ mkdir -p {shlex.quote(str(folder))}"
+        )
+    if not folder.is_dir():
+        return problem(f"{folder} is not a folder", "-- name another path")
+    for place, what in ((folder, "folder"), (path, "file")):
+        if place.exists() and not os.access(place, os.W_OK | (os.X_OK if what == "folder" else 0)):
+            return problem(
+                f"{getpass.getuser()} may not write to the {what} {place}", _let_write(place)
+            )
+    return None
+
+
+def _let_write(path: Path) -> str:
+    if path.stat().st_uid == os.geteuid():
+        rights = "u+rwx" if path.is_dir() else "u+rw"
+        return f"$ chmod {rights} {shlex.quote(str(path))}"
+    return f"-- let {getpass.getuser()} write to {path}, or run walstream as its owner"
+
+
+# ---- Sinks
+
+
+async def check_sinks(site: Site) -> list[Finding]:
+    """Look at each sink of the configuration, without calling anybody."""
+    return [
+        Finding.of("sinks", name, await _sink(site, name, sink))
+        for name, sink in site.config.sinks.items()
+    ]
+
+
+async def _sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
+    outcome = _judge_sink(site, sink)
+    if all(route.to != name for route in site.config.routes):
+        return warning(
+            "no route leads to it", f"-- name it in a [[routes]], or remove [sinks.{name}]"
+        )
+    return outcome
+
+
+def _judge_sink(site: Site, sink: SinkConfig) -> Outcome:
+    match sink:
+        case StdoutSinkConfig():
+            return ok("the standard output")
+        case FileSinkConfig():
+            return _file(site, sink)
+        case _:
+            assert_never(sink)
+
+
+def _file(site: Site, sink: FileSinkConfig) -> Outcome:
+    path = sink.path.absolute()
+    same = Counter(
+        one.path.absolute() for one in site.config.sinks.values() if isinstance(one, FileSinkConfig)
+    )
+    if same[path] > 1:
+        return problem(f"{path} is another sink's, too", "-- give each sink a file of its own")
+    unwritable = unwritable_folder(path)
+    if unwritable is not None:
+        return unwritable
+    if not path.exists():
+        return ok(f"{path}, which the first start makes")
+    if not stat.S_ISREG(path.stat().st_mode):
+        return problem(f"{path} is not a regular file", "-- name another path")
+    holders = list(_lock_holders(path))
+    if not holders:
+        return ok(str(path))
+    return ok(f"{path}, which PID {holders[0]} writes to now")
+
+
+def _lock_holders(path: Path) -> Iterator[int]:
+    """Give the processes that hold a lock on a file; trying to lock it could hinder them."""
+    status = path.stat()
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+        fields = line.split()
+        if "->" not in fields and device in fields:
+            yield int(fields[4])
+
+
+# ---- Packages
+
+_EXTRAS: Final = {
+    "http": ("starlette", "uvicorn", "prometheus_client"),
+    "tracing": ("opentelemetry.sdk",),
+    "webhook": ("httpx",),
+}
+
+
+async def _extras(site: Site) -> Outcome | None:
+    """Look whether what is configured is installed."""
+    wanted = {
+        "http": site.config.http.listen is not None,
+        "tracing": site.config.tracing.enabled,
+        "webhook": any(sink.type == "webhook" for sink in site.config.sinks.values()),
+    }
+    extras = [extra for extra, is_wanted in wanted.items() if is_wanted]
+    missing = [extra for extra in extras if not all(map(_is_there, _EXTRAS[extra]))]
+    if missing:
+        return problem(
+            f"what the configuration asks for is not installed: {', '.join(missing)}",
+            f'$ pip install "walstream[{",".join(missing)}]"',
+        )
+    return ok(f"{', '.join(extras)}: installed") if extras else None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
+
+
+QUESTIONS: Final = (
+    Question("here", "state", _state),
+    Question("here", "lineage", _lineage, ("catalog", "replication")),
+    Question("here", "extras", _extras),
+)
