@@ -3,69 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from tests.command_line import CommandLine, slot_name
 from tests.conftest import StartCluster
 from tests.postgres import Database, create_database, wait_until
-
-
-class CommandLine:
-    """Runs walstream in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("WALSTREAM_")},
-            "PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(folder)]),
-            "COLUMNS": "200",
-        }
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "walstream", *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    @contextmanager
-    def running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        with (
-            (self.folder / "log").open("w") as log,
-            subprocess.Popen(
-                [sys.executable, "-m", "walstream", *arguments],
-                cwd=self.folder,
-                env=self.environment,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            ) as process,
-        ):
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def log(self) -> list[dict[str, object]]:
-        lines = (self.folder / "log").read_text().splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-
-    def write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text)
 
 
 @pytest.fixture
@@ -78,10 +25,6 @@ def orders(database: Database) -> Database:
     database.execute("CREATE TABLE orders (id int PRIMARY KEY, status text, amount numeric)")
     database.execute("ALTER TABLE orders REPLICA IDENTITY FULL")
     return database
-
-
-def slot_name() -> str:
-    return f"cli_{secrets.token_hex(4)}"
 
 
 def is_streaming(database: Database) -> bool:
@@ -266,7 +209,7 @@ def test_a_slot_in_use_is_waited_for_and_its_holder_named(
         second.write("walstream.toml", (cli.folder / "walstream.toml").read_text())
         with second.running("run") as waiting:
             reasons = wait_until(
-                lambda: [e["error"] for e in second.log() if e["event"] == "reconnecting"]
+                lambda: [e["error"] for e in second.log() if e["event"] == "standing_by"]
             )
             assert f"in use by PID {pid}, application walstream" in str(reasons[0])
             first.send_signal(signal.SIGTERM)

@@ -260,7 +260,7 @@ def names_in(expression: str) -> set[str]:
     """The metrics in a PromQL expression; strings and labels do not count."""
     bare = re.sub(r'"[^"]*"', "", expression)
     bare = re.sub(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", bare)
-    return set(re.findall(r"\b(?:walstream|process|python)_\w+", bare))
+    return set(re.findall(r"\b(?:(?:walstream|process|python)_\w+|up\b)", bare))
 
 
 def dashboard_expressions(node: Any) -> Iterator[str]:

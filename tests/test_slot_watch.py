@@ -150,7 +150,7 @@ async def test_a_server_that_does_not_answer_ends_nothing_and_the_last_answer_st
         task = asyncio.create_task(watch.run())
         await async_wait_until(lambda: watch.vitals)
         await asyncio.to_thread(cluster.stop, "immediate")
-        await async_wait_until(lambda: ("slot_look_failed", "debug") in said(logs))
+        await async_wait_until(lambda: (watch.age_seconds or 0) > 0.2)  # many looks ago
         before, away_seconds = watch.vitals, watch.age_seconds
         assert before is not None
         assert away_seconds is not None
@@ -161,7 +161,7 @@ async def test_a_server_that_does_not_answer_ends_nothing_and_the_last_answer_st
         with suppress(asyncio.CancelledError):
             await task
     await catalog.close()
-    assert set(said(logs)) == {("slot_look_failed", "debug")}
+    assert {level for _, level in said(logs)} <= {"debug"}
 
 
 async def test_of_a_slot_that_is_gone_nothing_is_known(

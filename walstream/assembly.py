@@ -29,6 +29,7 @@ from walstream.router import MessageRoute, Route, Router
 from walstream.sinks.envelopes import Packing
 from walstream.sinks.file import FileOptions, FileSink
 from walstream.sinks.stdout import StdoutSink
+from walstream.tracing import start_tracing
 from walstream.transactional import TransactionalTarget
 
 AnyRoute: TypeAlias = Route | MessageRoute
@@ -100,7 +101,11 @@ class Assembly:
 
     def delivery(self, parking: Parking | None) -> Delivery:
         """Return the way to all destinations."""
-        stream = self._config.stream
+        config, stream = self._config, self._config.stream
+        trace = None
+        if config.tracing.enabled:
+            dsn = config.postgres.catalog_dsn()
+            trace = start_tracing(slot=config.slot.name, dsn=dsn).traced
         return Delivery(
             dict.fromkeys(route.destination for route in self.routes),
             Limits(
@@ -112,7 +117,8 @@ class Assembly:
             parking=parking,
             targets=self.targets,
             wait_until_visible=self.catalog.hold_until_visible,
-            show_error_messages=self._config.log.error_messages,
+            show_error_messages=config.log.error_messages,
+            trace=trace,
         )
 
 

@@ -62,6 +62,7 @@ class Delivery:
         targets: Mapping[Destination, Target] | None = None,
         wait_until_visible: Callable[[int], Awaitable[None]] = _already_visible,
         show_error_messages: bool = False,
+        trace: Callable[[Destination], Destination] | None = None,
     ) -> None:
         """Make the outlets.
 
@@ -72,6 +73,7 @@ class Delivery:
             targets: the databases of transactional handlers.
             wait_until_visible: for handlers that want their changes to be visible.
             show_error_messages: whether the text of handlers' exceptions may be logged and stored.
+            trace: puts spans around a destination's calls; None for none.
         """
         self._limits = limits
         self._flow = Flow(limits.max_in_flight_changes, limits.max_in_flight_bytes)
@@ -80,12 +82,11 @@ class Delivery:
             self._flow, parking, wait_until_visible, self.describe, limits.drain_seconds
         )
         self._targets = dict(targets or {})
-        self._outlets: dict[Destination, Outlet] = {
-            destination: outlet_of(
-                destination, caller_of(destination, self._targets.get(destination)), services
-            )
-            for destination in destinations
-        }
+        self._outlets: dict[Destination, Outlet] = {}
+        for destination in destinations:
+            called = destination if trace is None else trace(destination)
+            caller = caller_of(called, self._targets.get(destination))
+            self._outlets[destination] = outlet_of(called, caller, services)
         self._collecting = [
             outlet for outlet in self._outlets.values() if isinstance(outlet, TransactionOutlet)
         ]

@@ -153,6 +153,7 @@ class Rig:
         self._parts = 0
         self._tails: dict[int, int] = {}
         self._seen = 0
+        self._said_before = 0
         self._opened = ExitStack()
         self._copying: list[threading.Thread] = []
         self._over = threading.Event()
@@ -233,6 +234,7 @@ class Rig:
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
         """Start walstream."""
+        self._said_before = len(self.log())
         process = subprocess.Popen(
             [sys.executable, "-m", "walstream", "run", "-c", str(self.config), *options],
             cwd=ROOT,
@@ -262,6 +264,7 @@ class Rig:
         except subprocess.TimeoutExpired:
             message = f"walstream did not end in {seconds:g} seconds\n{self.log_tail()}"
             raise AssertionError(message) from None
+        self._join()
         self.codes[code] += 1
         self.process = None
         return code
@@ -289,6 +292,10 @@ class Rig:
     def log_tail(self) -> str:
         """What walstream said last."""
         return self.log()[-6000:]
+
+    def said(self) -> str:
+        """What the process has said that was started last."""
+        return self.log()[self._said_before :]
 
     def log(self) -> str:
         """All that walstream has said."""
@@ -429,8 +436,8 @@ class Rig:
             self.process.wait()
 
     def _join(self) -> None:
-        for thread in self._copying:
-            thread.join()
+        while self._copying:
+            self._copying.pop().join()
 
 
 def unique(name: str) -> str:

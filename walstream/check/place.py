@@ -6,6 +6,7 @@ Looked at as the user who asks. Nothing is opened for writing, nor locked: walst
 from __future__ import annotations
 
 import getpass
+import ipaddress
 import os
 import shlex
 import stat
@@ -14,14 +15,15 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, assert_never
+from urllib.parse import urlsplit
 
-from walstream.check.findings import Finding, Outcome, failed, ok, problem, skipped, warning
+from walstream.check.findings import Finding, Outcome, ok, problem, warning
 from walstream.check.site import Question, Site, answered
-from walstream.config import FileSinkConfig, SinkConfig, StdoutSinkConfig
+from walstream.config import FileSinkConfig, SinkConfig, StdoutSinkConfig, WebhookSinkConfig
 from walstream.connection import SystemIdentity
-from walstream.errors import SetupError, SlotMissing, Unavailable, WalstreamError
+from walstream.errors import SetupError, SlotMissing
 from walstream.lineage import Lineage, Standing, verify
-from walstream.lsn import ZERO
+from walstream.lsn import ZERO, Lsn
 from walstream.slots import slot_status
 from walstream.state import STATE_DIRECTORY, StateFile, state_path
 
@@ -66,7 +68,7 @@ async def _standing(site: Site, last: Lineage, identity: SystemIdentity) -> Stan
         slot_lsn = (await slot_status(site.catalog, site.slot_name)).confirmed_flush_lsn or ZERO
     except SlotMissing:
         slot_lsn = None
-    history = ()
+    history: tuple[tuple[int, Lsn], ...] = ()
     if identity.timeline not in {1, last.timeline}:
         history = await site.replication.timeline_history(identity.timeline)
     return Standing(
@@ -113,13 +115,14 @@ def _let_write(path: Path) -> str:
 async def check_sinks(site: Site) -> list[Finding]:
     """Look at each sink of the configuration, without calling anybody."""
     return [
-        Finding.of("sinks", name, await _sink(site, name, sink))
+        Finding.of("sinks", name, outcome)
         for name, sink in site.config.sinks.items()
+        if (outcome := await answered(site, _sink(site, name, sink))) is not None
     ]
 
 
 async def _sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
-    outcome = _judge_sink(site, sink)
+    outcome = _judge_sink(site, name, sink)
     if all(route.to != name for route in site.config.routes):
         return warning(
             "no route leads to it", f"-- name it in a [[routes]], or remove [sinks.{name}]"
@@ -127,12 +130,14 @@ async def _sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
     return outcome
 
 
-def _judge_sink(site: Site, sink: SinkConfig) -> Outcome:
+def _judge_sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
     match sink:
         case StdoutSinkConfig():
             return ok("the standard output")
         case FileSinkConfig():
             return _file(site, sink)
+        case WebhookSinkConfig():
+            return _webhook(name, sink)
         case _:
             assert_never(sink)
 
@@ -155,6 +160,39 @@ def _file(site: Site, sink: FileSinkConfig) -> Outcome:
     if not holders:
         return ok(str(path))
     return ok(f"{path}, which PID {holders[0]} writes to now")
+
+
+def _webhook(name: str, sink: WebhookSinkConfig) -> Outcome:
+    """Look at the configuration; the receiver is not called."""
+    if sink.ca_file is not None and not os.access(sink.ca_file, os.R_OK):
+        return problem(
+            f"ca_file {sink.ca_file} cannot be read", f"-- see to it, under [sinks.{name}]"
+        )
+    url = urlsplit(sink.url.get_secret_value())
+    shown = f"{url.scheme}://{url.hostname}"
+    if url.scheme == "http" and not _is_local(url.hostname or ""):
+        return warning(
+            f"{shown}: rows cross the network unencrypted",
+            f"-- use https in url under [sinks.{name}]",
+        )
+    if not sink.verify:
+        return warning(
+            f"{shown}: whoever answers there is believed (verify = false)",
+            f"-- remove verify under [sinks.{name}]; ca_file names an authority of one's own",
+        )
+    if not sink.signing_keys(name) and not sink.headers:
+        return warning(
+            f"{shown}: nothing tells the receiver that a request is walstream's",
+            f"-- set secret under [sinks.{name}]: echo whsec_$(openssl rand -base64 32)",
+        )
+    return ok(f"{shown}, which is not called now")
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _lock_holders(path: Path) -> Iterator[int]:

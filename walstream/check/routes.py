@@ -112,7 +112,7 @@ async def _judged(site: Site, route: Route, spec: RouteSpec) -> list[Outcome]:
 
 
 def _refused(site: Site, refused: AccessRefused) -> Outcome:
-    """A filter's values are read as the types of its columns, which takes the right to name them."""
+    """The server reads a filter's values as their columns' types, which it has to be let name."""
     schema = _DENIED.search(refused.message)
     if schema is None:
         return failed(refused)

@@ -17,7 +17,6 @@ from walstream.check.findings import (
     ok,
     problem,
     set_to,
-    size,
     warning,
 )
 from walstream.check.site import Question, Site
@@ -113,21 +112,13 @@ async def _encoding(site: Site) -> Outcome:
 
 
 async def _kept_wal(site: Site) -> Outcome:
-    ((text, bound),) = await site.catalog.rows(_KEPT_WAL)
-    if bound < 0:
+    ((bound,),) = await site.catalog.rows(_KEPT_WAL)
+    if bound == "-1":
         return warning(
             "-1: nothing bounds the WAL that slots retain, one that nobody reads fills the disk",
             *set_to("max_slot_wal_keep_size", "'50GB'"),
         )
-    warn_at = site.config.retained_wal.warn_at_bytes
-    if warn_at is not None and bound <= warn_at:
-        return warning(
-            f"{text}, below warn_at_bytes ({size(warn_at)}): the slot is lost before anybody is"
-            " warned",
-            *set_to("max_slot_wal_keep_size", f"'{2 * warn_at >> 20}MB'"),
-            "-- or set warn_at_bytes under [retained_wal] lower",
-        )
-    return ok(f"{text}: a slot that falls further behind is lost")
+    return ok(f"{bound}: a slot that falls further behind is lost")
 
 
 async def _idle_timeout(site: Site) -> Outcome | None:
@@ -280,13 +271,7 @@ QUESTIONS: Final = (
     Question("server", "connections", _free_connections, ("catalog",)),
 )
 
-_KEPT_WAL: Final = sql.SQL(
-    """
-    SELECT current_setting('max_slot_wal_keep_size'), setting::bigint * 1024 * 1024
-      FROM pg_settings
-     WHERE name = 'max_slot_wal_keep_size'
-    """
-)
+_KEPT_WAL: Final = sql.SQL("SELECT current_setting('max_slot_wal_keep_size')")
 
 _IDLE_TIMEOUT: Final = sql.SQL(
     """

@@ -22,11 +22,14 @@ from walstream.router import Router
 
 Need: TypeAlias = Literal["catalog", "replication", "probe", "slot"]
 
+_NO_SLOT: Final = "there is no slot"
+"""Said already where the slot itself is asked for."""
+
 _LACKING: Final[dict[Need, str]] = {
     "catalog": "there is no connection to the catalog",
     "replication": "there is no replication connection",
     "probe": "no slot could be made to ask with",
-    "slot": "there is no slot",
+    "slot": _NO_SLOT,
 }
 
 QUERY_SECONDS: Final = 3.0
@@ -101,7 +104,9 @@ class Site:
     configured one was seen.
     """
 
-    def __init__(self, config: Config, handlers: Sequence[Attached] = ()) -> None:
+    def __init__(
+        self, config: Config, handlers: Sequence[Attached] = (), arguments: str = ""
+    ) -> None:
         """Connect to nothing yet.
 
         Raises:
@@ -110,6 +115,7 @@ class Site:
         self.config = config
         self.handlers = handlers
         self.slot_name = config.slot.name
+        self._arguments = arguments
         self.masking_key = config.masking.secret()
         self.application_name = f"{config.postgres.application_name} check"[:63]
         self.catalog: Catalog = _QuickCatalog(
@@ -122,6 +128,10 @@ class Site:
         self.slot_exists = False
         self._is_stuck = False
         self._others: list[AsyncConnection[TupleRow]] = []
+
+    def command(self, name: str, options: str = "") -> str:
+        """Write a command of walstream's as a step."""
+        return " ".join(filter(None, ("$ walstream", name, self._arguments, options)))
 
     def router(self) -> Router | None:
         """Return the routes that a run would have; None when they cannot be made."""
@@ -209,7 +219,7 @@ async def asked(site: Site, questions: Iterable[Question]) -> list[Finding]:
 async def _answer(site: Site, question: Question) -> Outcome | None:
     lacking = site.lacks(*question.needs)
     if lacking:
-        return skipped(lacking)
+        return None if lacking == _NO_SLOT else skipped(lacking)
     return await answered(site, question.ask(site))
 
 

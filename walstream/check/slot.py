@@ -44,14 +44,15 @@ async def _state(site: Site) -> Outcome:
     site.slot_exists = True
     try:
         await usable_slot(site.catalog, name)
-    except SlotUnfit as unfit:
-        return problem(unfit.message, *in_words(unfit.hint))
-    except SlotLost as lost:
-        return problem(lost.message, *_create_again(name), _GONE)
     except SlotBusy as busy:
-        if not status.active:
-            return problem(busy.message, *in_words(busy.hint))
-        return ok(f"{name} is in use by {status.holder}")
+        if status.active:
+            return ok(f"{name} is in use by {status.holder}")
+        return problem(busy.message, *in_words(busy.hint))
+    except (SlotUnfit, SlotLost) as error:
+        mend = (
+            [*_create_again(name), _GONE] if isinstance(error, SlotLost) else in_words(error.hint)
+        )
+        return problem(error.message, *mend)
     ((idle_seconds,),) = await site.catalog.rows(_IDLE, {"name": name})
     since = "" if idle_seconds is None else f", for {duration(idle_seconds)} now"
     return ok(f"{name} is there, nobody streams from it{since}")
@@ -77,28 +78,24 @@ async def _retained_wal(site: Site) -> Outcome:
     if retained is None:
         return skipped("the slot retains none")
     found = f"{size(retained)}, wal_status {status.wal_status}"
-    catch_up = "$ walstream run --until now" if not status.active else _HELD_BACK
+    catch_up = _HELD_BACK if status.active else site.command("run", "--until now")
     limits = site.config.retained_wal
-    if limits.drop_slot_at_bytes is not None and retained >= limits.drop_slot_at_bytes:
-        return problem(
-            f"{found}: above drop_slot_at_bytes ({size(limits.drop_slot_at_bytes)}), walstream"
-            " drops the slot, and what it has not delivered is lost",
-            "-- raise drop_slot_at_bytes under [retained_wal]; or give up what is retained:",
-            *_give_up(site.slot_name),
-        )
-    if limits.stop_at_bytes is not None and retained >= limits.stop_at_bytes:
-        return problem(
-            f"{found}: above stop_at_bytes ({size(limits.stop_at_bytes)}), walstream stops at once",
-            "-- raise stop_at_bytes under [retained_wal]; or give up what is retained:",
-            *_give_up(site.slot_name),
-        )
+    for key, limit, then in (
+        ("drop_slot_at_bytes", limits.drop_slot_at_bytes, "drops the slot, and changes are lost"),
+        ("stop_at_bytes", limits.stop_at_bytes, "stops at once"),
+    ):
+        if limit is not None and retained >= limit:
+            return problem(
+                f"{found}: above {key} ({size(limit)}), walstream {then}",
+                f"-- raise {key} under [retained_wal]; or give up what is retained:",
+                *_give_up(site.slot_name),
+            )
     if status.wal_status == "unreserved" or _is_at_risk(status):
         return warning(f"{found}: the slot is about to be lost", catch_up, _RAISE)
     if limits.warn_at_bytes is not None and retained >= limits.warn_at_bytes:
         return warning(f"{found}: above warn_at_bytes ({size(limits.warn_at_bytes)})", catch_up)
-    if status.wal_status == "extended":
-        return warning(f"{found}: more than max_wal_size", catch_up)
-    return ok(found)
+    is_much = status.wal_status == "extended"
+    return warning(f"{found}: more than max_wal_size", catch_up) if is_much else ok(found)
 
 
 def _is_at_risk(status: SlotStatus) -> bool:
@@ -114,7 +111,7 @@ async def _vacuum(site: Site) -> Outcome | None:
     return warning(
         f"its catalog_xmin is {age:,} transactions old: vacuum cannot clean the system catalogs,"
         " and the server nears a wraparound",
-        "$ walstream run --until now",
+        site.command("run", "--until now"),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-import psycopg
-from psycopg import AsyncConnection, sql
+import msgspec
+from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from walstream.assembly import letters_of
@@ -14,6 +14,7 @@ from walstream.check.findings import (
     Finding,
     Outcome,
     identifier,
+    literal,
     ok,
     problem,
     size,
@@ -33,10 +34,11 @@ NEARLY_FULL: Final = 0.8
 
 async def _dead_letters(site: Site) -> Outcome | None:
     router = site.router()
-    if router is None or all(
-        route.policy.on_failure is not OnFailure.DEAD_LETTER
-        for route in (*router.routes, *router.message_routes)
-    ):
+    if router is None:
+        return None
+    policies = [route.policy for route in router.routes]
+    policies += [route.policy for route in router.message_routes]
+    if all(policy.on_failure is not OnFailure.DEAD_LETTER for policy in policies):
         return None
     if site.config.dead_letters.store == "postgres":
         return await _in_postgres(site)
@@ -56,38 +58,22 @@ async def _in_sqlite(site: Site) -> Outcome:
 async def _in_postgres(site: Site) -> Outcome:
     """Look at the tables, or whether they may be made; opening the store would make them."""
     section = site.config.dead_letters
-    own = section.own_dsn()
-    schema = section.schema_name
-    async with await site.connect(own or site.config.postgres.catalog_dsn()) as connection:
-        cursor = await connection.execute(_LETTERS, [["dead_letters", "dead_letter_keys"], schema])
-        (row,) = await cursor.fetchall()
-        role, where = identifier(connection.info.user), _where(site, connection)
-    has_schema, may_create_schema, may_create, has_tables, may_use = row
-    name = identifier(schema)
-    if not has_schema and not may_create_schema:
-        return problem(
-            f"there is no schema {schema}, and the role may not make it",
-            *where,
-            f"CREATE SCHEMA {name} AUTHORIZATION {role};",
-        )
-    if has_schema and not has_tables and not may_create:
-        return problem(
-            f"the schema {schema} has no tables of dead letters, and the role may not make them",
-            *where,
-            f"GRANT USAGE, CREATE ON SCHEMA {name} TO {role};",
-        )
-    if not has_tables:
-        return ok(f"the schema {schema}, in which the first start makes the tables")
-    if not may_use:
-        return problem(
-            f"the role may not use the tables of dead letters in {schema}",
-            *where,
-            f"GRANT USAGE ON SCHEMA {name} TO {role};",
-            "GRANT SELECT, INSERT, UPDATE, DELETE ON"
-            f" {identifier(schema, 'dead_letters')}, {identifier(schema, 'dead_letter_keys')}"
-            f" TO {role};",
+    schema, tables = section.schema_name, ("dead_letters", "dead_letter_keys")
+    async with await site.connect(
+        section.own_dsn() or site.config.postgres.catalog_dsn()
+    ) as connection:
+        role = identifier(connection.info.user)
+        listed = ", ".join(identifier(schema, table) for table in tables)
+        grants = (
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON {listed} TO {role};",
             f"GRANT SELECT ON {identifier(schema, 'dead_letters_version')} TO {role};",
         )
+        rights = await _rights(connection, _LETTERS, [list(tables), schema])
+        unusable = _unusable(rights, schema, role, grants, _where(site, connection))
+    if unusable is not None:
+        return unusable
+    if not rights.has_tables:
+        return ok(f"the schema {schema}, in which the first start makes the tables")
     return await _letters(site, f"the schema {schema}")
 
 
@@ -105,7 +91,7 @@ async def _letters(site: Site, where: str) -> Outcome:
     found = f"{where}: {letters} wait, {size(size_bytes)}"
     steps = (
         "-- mend what failed (walstream dead-letters list tells), then:",
-        "$ walstream dead-letters replay --all --yes",
+        site.command("dead-letters replay", "--all --yes"),
     )
     filled = max(letters / section.max_letters, size_bytes / section.max_bytes)
     if filled >= NEARLY_FULL:
@@ -134,36 +120,22 @@ def _transactional(site: Site) -> Iterator[tuple[Handler, str]]:
 
 async def _target(site: Site, route: str, dsn: str) -> Outcome:
     async with await site.connect(dsn) as connection:
-        cursor = await connection.execute(_TARGET)
-        (row,) = await cursor.fetchall()
-        has_schema, has_tables, may_create_schema, may_create, may_use, in_recovery, commit = row
-        role, where = identifier(connection.info.user), _where(site, connection)
-        database = connection.info.dbname
+        database, role = connection.info.dbname, identifier(connection.info.user)
+        where = _where(site, connection)
+        ((in_recovery, commit),) = await (await connection.execute(_WRITES)).fetchall()
         if in_recovery:
             return problem(
                 "it is a standby, which takes no writes",
                 "-- add target_session_attrs=read-write to the handler's connection string",
             )
-        if not has_schema and not may_create_schema:
-            return problem(
-                f"{database} has no schema walstream, and the role may not make it",
-                *where,
-                f"CREATE SCHEMA walstream AUTHORIZATION {role};",
-            )
-        if has_schema and not has_tables and not may_create:
-            return problem(
-                f"{database} has no table walstream.progress, and the role may not make it",
-                *where,
-                f"GRANT USAGE, CREATE ON SCHEMA walstream TO {role};",
-            )
-        if has_tables and not may_use:
-            return problem(
-                f"the role may not write to walstream.progress of {database}",
-                *where,
-                f"GRANT USAGE ON SCHEMA walstream TO {role};",
-                f"GRANT SELECT, INSERT, UPDATE ON walstream.progress TO {role};",
-                f"GRANT SELECT, INSERT, DELETE ON walstream.replayed TO {role};",
-            )
+        grants = (
+            f"GRANT SELECT, INSERT, UPDATE ON walstream.progress TO {role};",
+            f"GRANT SELECT, INSERT, DELETE ON walstream.replayed TO {role};",
+        )
+        rights = await _rights(connection, _TARGET)
+        unusable = _unusable(rights, "walstream", role, grants, where)
+        if unusable is not None:
+            return unusable
         if commit == "off":
             return warning(
                 f"synchronous_commit is off in {database}: a crash takes back what was recorded,"
@@ -171,13 +143,13 @@ async def _target(site: Site, route: str, dsn: str) -> Outcome:
                 *where,
                 f"ALTER ROLE {role} SET synchronous_commit = on;",
             )
-        if not has_tables:
+        if not rights.has_tables:
             return ok(f"{database}, in which the first start makes walstream.progress")
         return await _progress(site, route, connection)
 
 
 async def _progress(site: Site, route: str, connection: AsyncConnection[TupleRow]) -> Outcome:
-    """Compare what is recorded with the server, as the handler will; see walstream/transactional."""
+    """Compare what is recorded with the server, as `walstream.transactional` will."""
     cursor = await connection.execute(_PROGRESS, [site.slot_name, route])
     rows = await cursor.fetchall()
     if not rows:
@@ -186,11 +158,11 @@ async def _progress(site: Site, route: str, connection: AsyncConnection[TupleRow
     lacking = site.lacks("catalog")
     if lacking:
         return skipped(lacking)
+    row = f"slot = {literal(site.slot_name)} AND route = {literal(route)}"
     again = (
         "-- is this the right source? Then bring over what is missing, and let it begin anew:",
         *_where(site, connection),
-        f"DELETE FROM walstream.progress WHERE slot = {_literal(site.slot_name)} AND route ="
-        f" {_literal(route)};",
+        f"DELETE FROM walstream.progress WHERE {row};",  # noqa: S608 - to be shown
     )
     if systemid != await site.catalog.system_identifier():
         return problem("what is recorded is of another cluster than changes come from", *again)
@@ -201,8 +173,52 @@ async def _progress(site: Site, route: str, connection: AsyncConnection[TupleRow
     return ok(f"recorded up to {end_lsn}")
 
 
-def _literal(text: str) -> str:
-    return sql.Literal(text).as_string()
+# ---- Tables in a schema
+
+
+class _Rights(msgspec.Struct, frozen=True):
+    """What is there, and what the role may do with it."""
+
+    has_schema: bool
+    may_create_schema: bool
+    may_create: bool
+    has_tables: bool
+    may_use: bool
+
+
+async def _rights(
+    connection: AsyncConnection[TupleRow], query: bytes, parameters: Sequence[object] = ()
+) -> _Rights:
+    cursor = await connection.execute(query, parameters)
+    (row,) = await cursor.fetchall()
+    return _Rights(*map(bool, row))
+
+
+def _unusable(
+    rights: _Rights, schema: str, role: str, grants: Sequence[str], where: Sequence[str]
+) -> Outcome | None:
+    """Say what the role lacks, with the least that mends it."""
+    name = identifier(schema)
+    if not rights.has_schema and not rights.may_create_schema:
+        return problem(
+            f"there is no schema {schema}, and the role may not make it",
+            *where,
+            f"CREATE SCHEMA {name} AUTHORIZATION {role};",
+        )
+    if rights.has_schema and not rights.has_tables and not rights.may_create:
+        return problem(
+            f"the schema {schema} has no such tables, and the role may not make them",
+            *where,
+            f"GRANT USAGE, CREATE ON SCHEMA {name} TO {role};",
+        )
+    if rights.has_tables and not rights.may_use:
+        return problem(
+            f"the role may not use the tables in the schema {schema}",
+            *where,
+            f"GRANT USAGE ON SCHEMA {name} TO {role};",
+            *grants,
+        )
+    return None
 
 
 def _where(site: Site, connection: AsyncConnection[TupleRow]) -> list[str]:
@@ -238,24 +254,24 @@ _LETTERS: Final = b"""
 
 _TARGET: Final = b"""
     SELECT n.oid IS NOT NULL,
-           p.oid IS NOT NULL AND r.oid IS NOT NULL,
            has_database_privilege(current_database(), 'CREATE'),
            coalesce(has_schema_privilege(n.oid, 'CREATE')
                     AND has_schema_privilege(n.oid, 'USAGE'), false),
+           p.oid IS NOT NULL AND r.oid IS NOT NULL,
            coalesce(has_schema_privilege(n.oid, 'USAGE')
                     AND has_table_privilege(p.oid, 'SELECT')
                     AND has_table_privilege(p.oid, 'INSERT')
                     AND has_table_privilege(p.oid, 'UPDATE')
                     AND has_table_privilege(r.oid, 'SELECT')
                     AND has_table_privilege(r.oid, 'INSERT')
-                    AND has_table_privilege(r.oid, 'DELETE'), false),
-           pg_is_in_recovery(),
-           current_setting('synchronous_commit')
+                    AND has_table_privilege(r.oid, 'DELETE'), false)
       FROM (SELECT) AS one
       LEFT JOIN pg_namespace n ON n.nspname = 'walstream'
       LEFT JOIN pg_class p ON p.relnamespace = n.oid AND p.relname = 'progress'
       LEFT JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = 'replayed'
 """
+
+_WRITES: Final = b"SELECT pg_is_in_recovery(), current_setting('synchronous_commit')"
 
 _PROGRESS: Final = """
     SELECT system_identifier, end_lsn::text FROM walstream.progress WHERE slot = %s AND route = %s

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
 from itertools import groupby
 from operator import attrgetter
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -19,8 +20,6 @@ from walstream import logs
 from walstream.check import Finding, Report, Status
 from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.streaming import load_app
-from walstream.config import Config, MessageSpec, RouteSpec
-from walstream.destinations import Handler
 
 _STYLES: Final = {
     Status.OK: "green",
@@ -60,15 +59,9 @@ def check(
     settings = load_config(config, dsn)
     logs.configure("warning", settings.log.format)
     tell_ignored_environment()
-    app = app or settings.handlers.app
-    handlers = load_app(app).handlers if app else []
-    report = asyncio.run(
-        checks.check(
-            settings,
-            _routes(settings, handlers),
-            {handler.name: handler for _, handler in handlers},
-        )
-    )
+    path = app or settings.handlers.app
+    handlers = load_app(path).handlers if path else []
+    report = asyncio.run(checks.check(settings, handlers, arguments=_arguments(app, config)))
     if json:
         typer.echo(report.to_json())
     else:
@@ -76,15 +69,10 @@ def check(
     raise typer.Exit(report.exit_code)
 
 
-def _routes(
-    settings: Config, handlers: Sequence[tuple[RouteSpec | MessageSpec, Handler]]
-) -> list[tuple[str, RouteSpec]]:
-    routes: list[tuple[str, RouteSpec]] = [
-        (handler.name, spec) for spec, handler in handlers if isinstance(spec, RouteSpec)
-    ]
-    return routes + [
-        (spec.name or f"routes[{place}]", spec) for place, spec in enumerate(settings.routes)
-    ]
+def _arguments(app: str | None, config: Path | None) -> str:
+    """Write what leads other commands to the same handlers and file; a DSN may hold a secret."""
+    given = [] if app is None else [app]
+    return shlex.join([*given, *([] if config is None else ["-c", str(config)])])
 
 
 def _show(report: Report) -> None:
