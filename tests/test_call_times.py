@@ -24,7 +24,7 @@ from walstream.policy import FailurePolicy, OnFailure
 from walstream.typed import RowModel
 from walstream.vitals import CALL_SECONDS_BOUNDS, CallTimes, DestinationVitals
 
-SLOW_SECONDS: Final = 0.03
+SLOW_SECONDS: Final = 0.12
 PATIENT: Final = FailurePolicy(5, None, Backoff(3600, 3600))
 
 
@@ -89,6 +89,7 @@ async def test_each_call_is_timed(kind: str) -> None:
         if any(called(change) == "slow" for change in changes):
             await asyncio.sleep(SLOW_SECONDS)
 
+    options: dict[str, dict[str, Any]]
     options = {"sync": {}, "sync lanes": {"concurrency": 2}, "sync batch": {"batch": 2}}
     destination: Any = MemorySink()
     if kind in options:
@@ -332,7 +333,7 @@ async def test_waiting_for_the_dead_letter_store_is_told() -> None:
 
 async def test_a_target_that_is_away_is_told_and_is_no_attempt() -> None:
     """Also when the change itself has failed before."""
-    errors = [ValueError(), TargetUnavailable("away")]
+    errors: list[BaseException] = [ValueError(), TargetUnavailable("away")]
     line = Line(
         handler(Recorder(a=errors).in_loop),
         policy=FailurePolicy(5, None, Backoff(0.05, 0.05)),

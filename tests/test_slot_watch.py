@@ -126,13 +126,10 @@ async def test_what_the_walsender_spills_to_disk_is_counted(
     stream.record("public.t")
     database.execute("INSERT INTO t SELECT i, repeat('x', 100) FROM generate_series(1, 5000) i")
     await stream.drain()
-    watch = SlotWatch(catalog, stream.slot, RetainedWalConfig())
-
-    async def spilled() -> bool:
-        await watch.look()
-        return watch.vitals is not None and (watch.vitals.spilled_bytes or 0) > 100 * 5000
-
-    await async_wait_until(spilled)
+    watch = SlotWatch(catalog, stream.slot, RetainedWalConfig(), interval_seconds=0.01)
+    task = asyncio.create_task(watch.run())
+    await async_wait_until(lambda: watch.vitals and (watch.vitals.spilled_bytes or 0) > 100 * 5000)
+    task.cancel()
     assert watch.vitals is not None
     assert watch.vitals.spilled_transactions == 1
     assert (watch.vitals.spills or 0) > 1

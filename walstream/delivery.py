@@ -53,7 +53,7 @@ async def _already_visible(_: int) -> None:
 class Delivery:
     """Delivers to all destinations of a process, one session after another."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what all destinations share
         self,
         destinations: Iterable[Destination],
         limits: Limits,

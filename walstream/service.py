@@ -96,6 +96,7 @@ class _Service:
         finally:
             for task in (telling, *self._reloads):
                 task.cancel()
+            self._notifier.close()
 
     def _on_hangup(self) -> None:
         task = asyncio.create_task(self._reload())

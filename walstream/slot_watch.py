@@ -37,6 +37,7 @@ class SlotWatch:
     """Looks at a slot again and again, and applies the policy for retained WAL.
 
     ``vitals`` is what the server said last; None before that, and while there is no such slot.
+    ``policy`` may be replaced at any time; it holds from the next look on.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class SlotWatch:
         self.vitals: SlotVitals | None = None
         self._catalog = catalog
         self._slot_name = slot_name
-        self._policy = policy
+        self.policy = policy
         self._interval_seconds = interval_seconds
         self._looked_at: float | None = None
         self._warned_of_bytes: int | None = None
@@ -136,7 +137,7 @@ class SlotWatch:
         self._warn_of_loss(status)
 
     def _refuse(self, retained_bytes: int, status: SlotStatus) -> None:
-        policy = self._policy
+        policy = self.policy
         said = (
             f"the slot {self._slot_name} retains {retained_bytes} bytes of WAL"
             f" ({status.lag_bytes} of them not confirmed)"
@@ -157,7 +158,7 @@ class SlotWatch:
 
     def _warn(self, retained_bytes: int, status: SlotStatus) -> None:
         """Warn when the limit is crossed, and again each time that the amount has doubled."""
-        limit, before = self._policy.warn_at_bytes, self._warned_of_bytes
+        limit, before = self.policy.warn_at_bytes, self._warned_of_bytes
         if limit is None:
             return
         if retained_bytes >= (limit if before is None else 2 * before):

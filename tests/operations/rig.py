@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import resource
-import secrets
 import signal
 import struct
 import subprocess
@@ -18,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,7 @@ from typing import IO, Any, Final, Self
 
 import psycopg
 
+from tests.operations.endpoint import Endpoint
 from tests.operations.load import Load
 from tests.operations.verdict import Look
 from tests.oracle import ROOT, Twins, _environment
@@ -133,14 +133,23 @@ class SturdyDatabase(Database):
 class Rig:
     """What faults are done to, and what is looked at afterwards."""
 
-    def __init__(self, cluster: PrivateCluster, folder: Path, seed: int) -> None:
+    def __init__(
+        self,
+        cluster: PrivateCluster,
+        folder: Path,
+        seed: int,
+        *,
+        transactions_per_second: float = 25.0,
+    ) -> None:
         """Choose the parts; they begin with the block.
 
         Args:
             cluster: with ``loopback``; a database of it is used, and dropped by nobody.
             folder: for all files.
             seed: decides on the workload.
+            transactions_per_second: of the workload.
         """
+        self.transactions_per_second = transactions_per_second
         self.cluster = cluster
         self.folder = folder
         self.file_limit_bytes = resource.RLIM_INFINITY
@@ -188,11 +197,12 @@ class Rig:
         self.slot = self.twins._slot
         self._clock = opening.enter_context(self._make_clock())
         (self.folder / "handlers.py").write_text(HANDLERS)
+        self.endpoint = opening.enter_context(Endpoint())
         self.config = self.twins._config
         self.configure()
         opening.callback(self._join)
         opening.callback(self._kill)
-        self.load = opening.enter_context(Load(made.dsn, self._seed, 25))
+        self.load = opening.enter_context(Load(made.dsn, self._seed, self.transactions_per_second))
 
     @contextmanager
     def _make_clock(self) -> Iterator[mmap.mmap]:
@@ -216,15 +226,23 @@ class Rig:
                 "max_backoff_seconds": 0.1,
             },
             "sinks.changes": {"type": "file", "path": str(self.twins.path)},
+            "sinks.receiver": {
+                "type": "webhook",
+                "url": self.endpoint.url,
+                "format": "ndjson",
+                "timeout_seconds": 1.0,
+                "connect_timeout_seconds": 1.0,
+                "max_retry_after_seconds": 1.0,
+            },
             "log": {"level": "info", "format": "json"},
         }
         for name, content in changed.items():
             sections[name] = {**sections.get(name, {}), **content}
-        lines = []
-        for name, content in sections.items():
-            lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in content.items())]
-        lines += ["[[routes]]", 'table = "*.*"', 'to = "changes"']
-        self.config.write_text("\n".join(lines) + "\n")
+        text = configuration(sections, ["changes", "receiver"])
+        # Never half a file: the process may be reading it.
+        written = self.config.with_suffix(".new")
+        written.write_text(text)
+        written.replace(self.config)
 
     def execute(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         """Run SQL on the server itself."""
@@ -347,6 +365,12 @@ class Rig:
                 self._parts += 1
                 self.twins.path.rename(self._part(self._parts))
 
+    def forget(self) -> None:
+        """Move the sink's file away, and remove what was moved away before."""
+        for path in self.parts()[:-2]:
+            path.unlink(missing_ok=True)
+        self.rotate()
+
     def journal(self, name: str) -> list[str]:
         """Return what a handler has noted, without what a full disk has torn."""
         ids: list[str] = []
@@ -421,11 +445,11 @@ class Rig:
         wait_until(lambda: not self.is_streaming(), RECOVERY_SECONDS)
 
     def wait_until_streaming(self) -> None:
-        """Wait until somebody has the slot; look after the process meanwhile."""
+        """Wait until the process has streamed; look after it meanwhile."""
 
         def streams() -> bool:
             self.look_after()
-            return self.is_streaming()
+            return '"event": "streaming"' in self.said()
 
         wait_until(streams, RECOVERY_SECONDS)
 
@@ -440,9 +464,14 @@ class Rig:
             self._copying.pop().join()
 
 
-def unique(name: str) -> str:
-    """Return a name that nothing else has."""
-    return f"{name}_{secrets.token_hex(4)}"
+def configuration(sections: Mapping[str, Mapping[str, Any]], sinks: Sequence[str]) -> str:
+    """Write a configuration in which everything goes to each of the sinks."""
+    lines = []
+    for name, content in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in content.items())]
+    for sink in sinks:
+        lines += ["[[routes]]", 'table = "*.*"', f"to = {json.dumps(sink)}"]
+    return "\n".join(lines) + "\n"
 
 
 def _copy(source: IO[bytes], path: Path) -> None:
@@ -451,7 +480,3 @@ def _copy(source: IO[bytes], path: Path) -> None:
         for line in source:
             file.write(line)
             file.flush()
-
-
-def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

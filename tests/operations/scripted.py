@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, TypeAlias
 import psycopg
 from psycopg import sql
 
+from tests.operations.endpoint import Behaviour
 from tests.operations.rig import PASSWORD, ROLE, Rig
 from tests.postgres import wait_until
 from tests.proxy import Direction, Which
@@ -291,3 +292,32 @@ def the_disk_is_full_for_a_while(rig: Rig, chance: random.Random) -> None:
 @fault(cards=2)
 def the_file_is_moved_away(rig: Rig, chance: random.Random) -> None:
     rig.rotate()
+
+
+@fault(cards=2)
+def the_receiver_refuses(rig: Rig, chance: random.Random) -> None:
+    with rig.endpoint.refusing():
+        _pause(chance, 0.1, 0.6)
+
+
+@fault(cards=4)
+def the_receiver_misbehaves(rig: Rig, chance: random.Random) -> None:
+    """Slow, busy, silent, or failing after it has accepted."""
+    behaviour = chance.choice([one for one in Behaviour if one is not Behaviour.ACCEPTS])
+    with rig.endpoint.behaving(behaviour):
+        _pause(chance, 0.1, chance.choice((0.6, 0.6, 1.5)))
+
+
+# The configuration
+
+
+@fault(cards=2)
+def the_configuration_is_reloaded(rig: Rig, chance: random.Random) -> None:
+    """With another log level, or with one that does not exist, which is refused."""
+    level = chance.choice(("debug", "info", "warning", "loud"))
+    rig.wait_until_streaming()
+    rig.configure(log={"level": level})
+    assert rig.process is not None
+    rig.process.send_signal(signal.SIGHUP)
+    _pause(chance, 0.05, 0.2)
+    rig.configure()

@@ -108,6 +108,7 @@ def assert_kept(rig: Rig, expected: verdict.Expected) -> None:
     verdict.assert_never_ahead(rig.looks, lines, expected)
     for name in JOURNALS:
         verdict.assert_goes_on(name, rig.journal(name), expected)
+    verdict.assert_goes_on("the receiver", rig.endpoint.ids, expected)
     assert "Traceback" not in rig.log()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, assert_never
 from urllib.parse import urlsplit
 
-from walstream.check.findings import Finding, Outcome, ok, problem, warning
+from walstream.check.findings import Finding, Outcome, ok, problem, skipped, warning
 from walstream.check.site import Question, Site, answered
 from walstream.config import FileSinkConfig, SinkConfig, StdoutSinkConfig, WebhookSinkConfig
 from walstream.connection import SystemIdentity
@@ -58,6 +58,8 @@ async def _lineage(site: Site) -> Outcome | None:
         return None  # told of already
     if last is None:
         return None
+    if lacking := site.lacks("catalog", "replication"):
+        return skipped(lacking)
     identity = await site.replication.identify_system()
     verify(last, await _standing(site, last, identity), site.slot_name)
     return ok("the slot goes on from what was confirmed last")
@@ -240,6 +242,6 @@ def _is_there(module: str) -> bool:
 
 QUESTIONS: Final = (
     Question("here", "state", _state),
-    Question("here", "lineage", _lineage, ("catalog", "replication")),
+    Question("here", "lineage", _lineage),
     Question("here", "extras", _extras),
 )

@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -33,6 +34,9 @@ _STATUS_WIDTH: Final = max(map(len, Status))
 
 _MEND_LINES: Final = 6
 """What mends a pattern of a thousand tables is a thousand lines."""
+
+_ROUTES: Final = 12
+"""Where more routes are in order, they are counted."""
 
 _NARROWEST: Final = 30
 """The narrowest column of text, on however narrow a terminal."""
@@ -77,12 +81,41 @@ def _arguments(app: str | None, config: Path | None) -> str:
 
 def _show(report: Report) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    width = max(len(finding.name) for finding in report.findings)
-    for group, findings in groupby(report.findings, attrgetter("group")):
+    shown = list(_screen(report))
+    width = max(len(finding.name) for finding in shown)
+    for group, findings in groupby(shown, attrgetter("group")):
         console.print(Text(group, style="bold"))
         for finding in findings:
             console.print(_line(finding, width, console))
     console.print(_verdict(report))
+
+
+def _screen(report: Report) -> Iterator[Finding]:
+    """Give what fits on a screen: one line for what was not asked, one for many routes in order."""
+    for group, status, findings in _runs(report):
+        is_much = len(findings) > (_ROUTES if status is Status.OK else 1)
+        if is_much and status is Status.SKIPPED:
+            for reason, alike in groupby(findings, attrgetter("found")):
+                yield _summed(list(alike), "questions", reason)
+        elif is_much and status is Status.OK and group == "routes":
+            yield _summed(findings, "routes", "their tables send what they want to see")
+        else:
+            yield from findings
+
+
+def _runs(report: Report) -> Iterator[tuple[str, Status, list[Finding]]]:
+    """Give the findings of a group that stand together and came to the same."""
+    for (group, status), findings in groupby(report.findings, attrgetter("group", "status")):
+        yield group, status, list(findings)
+
+
+def _summed(findings: list[Finding], what: str, found: str) -> Finding:
+    """Make one finding of several that came to the same."""
+    first = findings[0]
+    if len(findings) == 1:
+        return first
+    mend = next((one.mend for one in findings if one.mend), "")
+    return Finding(first.group, f"{len(findings)} {what}", first.status, found, mend)
 
 
 def _line(finding: Finding, width: int, console: Console) -> Text:

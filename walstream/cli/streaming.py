@@ -20,7 +20,7 @@ from walstream import logs
 from walstream.app import Walstream
 from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.reporting import report
-from walstream.config import RouteSpec
+from walstream.config import HttpConfig, RouteSpec
 from walstream.daemon import Daemon
 from walstream.destinations import Sink
 from walstream.errors import EX_OK, ConfigError, OutputClosed, UsageError, WalstreamError
@@ -138,6 +138,9 @@ def tail(  # noqa: PLR0913 - the options of a command
             ),
             "routes": [],
             "sinks": {},
+            # What the service beside it does is not done twice.
+            "http": HttpConfig(),
+            "stream": settings.stream.model_copy(update={"heartbeat_seconds": None}),
         }
     )
     sink = _tail_sink(is_recording=record is not None, json=json)

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import os
 import socket
 import ssl
 import time
@@ -342,13 +343,13 @@ def _reason(error: BaseException) -> str:
             reason = f"no TLS: {error.reason}"
         case socket.gaierror():
             reason = f"its name cannot be resolved: {error.strerror}"
-        case OSError(errno=int(), strerror=str(said)):
-            reason = said
+        case OSError(errno=int(number)):
+            reason = os.strerror(number)
         case httpx.ProxyError():
             status = str(error)[:3]
             reason = f"the proxy answered {status if status.isdecimal() else 'something else'}"
         case httpx.RemoteProtocolError():
-            reason = "the connection ended without an answer of HTTP"
+            reason = "no answer, or none of HTTP"
     return reason
 
 
