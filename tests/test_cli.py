@@ -206,15 +206,18 @@ def test_a_slot_in_use_is_waited_for_and_its_holder_named(
         )
         second = CommandLine(cli.folder / "second")
         second.folder.mkdir()
-        second.write("walstream.toml", (cli.folder / "walstream.toml").read_text())
+        quick = "\n[stream]\nreconnect_seconds = 0.1\nstandby_poll_seconds = 0.05\n"
+        second.write(
+            "walstream.toml",
+            config(orders, slot).replace("[stream]\n        reconnect_seconds = 0.1\n", quick),
+        )
         with second.running("run") as waiting:
-            reasons = wait_until(
-                lambda: [e["error"] for e in second.log() if e["event"] == "standing_by"]
-            )
-            assert f"in use by PID {pid}, application walstream" in str(reasons[0])
+            standing_by = second.wait_for("standing_by")
+            assert f"in use by PID {pid}, application walstream" in str(standing_by["error"])
             first.send_signal(signal.SIGTERM)
             assert first.wait(10) == 0
-            wait_until(lambda: any(e["event"] == "streaming" for e in second.log()))
+            second.wait_for("streaming")
+            assert sum(e["event"] == "standing_by" for e in second.log()) == 1
             waiting.send_signal(signal.SIGTERM)
             assert waiting.wait(10) == 0
 

@@ -384,16 +384,23 @@ async def test_a_receiver_that_is_not_there_is_told(
         await (await opened(stack, "http://nowhere.invalid/")).take(changes(1))
 
 
-async def test_what_is_no_http_is_told(stack: AsyncExitStack) -> None:
-    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+@pytest.mark.parametrize(
+    ("is_read", "why"),
+    [(True, "none of HTTP"), (False, "Broken pipe|was cut|Connection reset|none of HTTP")],
+)
+async def test_what_is_no_http_is_told(stack: AsyncExitStack, *, is_read: bool, why: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if is_read:
+            await reader.readuntil(b"]}")
         writer.write(b"220 hunter2 ESMTP\r\n")
         await writer.drain()
+        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(SinkFailed, match="no answer, or none of HTTP") as failed:
-            await (await opened(stack, f"http://127.0.0.1:{port}")).take(changes(1))
+        sink = await opened(stack, f"http://127.0.0.1:{port}")
+        with pytest.raises(SinkFailed, match=why) as failed:
+            await sink.take(changes(1))
         assert "hunter2" not in str(failed.value)
 
 

@@ -405,8 +405,6 @@ class Daemon:
         companions = [self._count_letters()]
         if not self._is_temporary:
             companions += [self._watch_slot(), self._record()]
-        if self._heartbeat is not None:
-            companions.append(self._heartbeat.run())
         return companions
 
     async def _watch_slot(self) -> None:
@@ -457,9 +455,8 @@ class Daemon:
 
     async def _wait_out(self, reason: WalstreamError, decision: Decision) -> None:
         """Pause before the next attempt, or until `stop`."""
-        is_new = (self._phase, self._reason) != (Phase.STANDING_BY, reason.message)
         if decision.action is Action.STAND_BY:
-            if is_new:
+            if (self._phase, self._reason) != (Phase.STANDING_BY, reason.message):
                 log.info("standing_by", error=reason.message, then=decision.sentence)
                 self._reconnects[type(reason).__name__] += 1
             self._enter(Phase.STANDING_BY, reason.message)
@@ -508,7 +505,8 @@ class Daemon:
     async def _attempt_stream(self) -> None:
         """Stream through one connection, or return when `stop` comes before it streams."""
         sessions = self._sessions
-        self._enter(Phase.CONNECTING, self._reason)
+        if self._phase is not Phase.STANDING_BY:
+            self._enter(Phase.CONNECTING, self._reason)
         self._attempt = asyncio.create_task(self._stream())
         try:
             await self._attempt
@@ -544,10 +542,20 @@ class Daemon:
             if self._next is not None:  # reloaded while it was being connected
                 session.stop(because=RoutesChanged(_ROUTES_CHANGED))
             try:
-                await session.run()
+                await self._run_session(session)
             finally:
                 self._session = self._started = None
                 log.info("stream_ended", flush_lsn=str(self.flush_lsn))
+
+    async def _run_session(self, session: Session) -> None:
+        if self._heartbeat is None:
+            await session.run()
+            return
+        beating = asyncio.create_task(self._heartbeat.run())
+        try:
+            await session.run()
+        finally:
+            beating.cancel()
 
     async def _open_targets(self, started: Started) -> None:
         for target in self._assembly.targets.values():
@@ -646,6 +654,7 @@ class Daemon:
             reload.adopted.set_exception(error)
         else:
             self._config = reload.config
+            self._slot_watch.policy = reload.config.retained_wal
             reload.adopted.set_result(None)
 
     async def _adopt(self, new: Assembly) -> None:

@@ -16,7 +16,7 @@ from walstream.errors import ConfigError, WalstreamError
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.reload")
 
-RELOADABLE: Final = frozenset({"routes", "sinks", "handlers", "masking", "log"})
+RELOADABLE: Final = frozenset({"routes", "sinks", "handlers", "masking", "retained_wal", "log"})
 """The sections that may change; of ``handlers`` all but ``app``, whose code is loaded once."""
 
 
@@ -36,8 +36,8 @@ def verify_reloadable(old: Config, new: Config) -> None:
     if changed:
         raise ConfigError(
             [f"{key}: has changed, which takes a restart" for key in changed],
-            hint="a reload takes over routes, sinks, masking, log, and how handlers are tried"
-            " again; nothing was changed",
+            hint="a reload takes over routes, sinks, masking, retained_wal, log, and how handlers"
+            " are tried again; nothing was changed",
         )
 
 

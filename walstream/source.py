@@ -23,7 +23,7 @@ from walstream.lsn import ZERO, Lsn
 from walstream.preflight import verify_routes, verify_server
 from walstream.pushdown import PushedDown, push_down
 from walstream.router import Router
-from walstream.slots import SlotStatus, create_slot, usable_slot
+from walstream.slots import SlotStatus, create_slot, note_failover, usable_slot
 from walstream.state import StateFile, state_path
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.source")
@@ -155,7 +155,7 @@ class Source:
         if self._state is not None and self.lineage is None and not self._accept_gap:
             self.lineage = await self._state.load()
         try:
-            return await usable_slot(self._catalog, self._config.slot.name)
+            status = await usable_slot(self._catalog, self._config.slot.name)
         except SlotMissing:
             if self.lineage is None and not self._config.slot.create:
                 raise
@@ -163,6 +163,9 @@ class Source:
         except SlotBusy as busy:
             self._observe(busy)
             raise
+        if self._config.slot.failover:
+            note_failover(status)
+        return status
 
     def _observe(self, busy: SlotBusy) -> None:
         """What the process that we stand by for has confirmed is confirmed for us, too."""

@@ -58,6 +58,9 @@ ASK_SECONDS: Final = 3.0
 WATCH_SECONDS: Final = 1.0
 """How often the position and the delivery are looked at."""
 
+MOST_NOTICES: Final = 1000
+"""How many different notices of the server are told; their texts are remembered."""
+
 RECHECK_SECONDS: Final = 10.0
 """How often it is asked whether a routed table has become a partitioned one."""
 
@@ -88,6 +91,7 @@ class LostChanges:
     def __init__(self, is_wanted: Callable[[Relation], bool]) -> None:
         """Count those of the tables that are wanted."""
         self._is_wanted = is_wanted
+        self._told: set[str] = set()
         self.counts: Counter[tuple[str, str]] = Counter()
         """By operation (``update`` or ``delete``) and table."""
 
@@ -95,7 +99,9 @@ class LostChanges:
         """Take a notice of the server; log the first one of each table."""
         matched = self._NOTICE.search(text)
         if matched is None:
-            log.info("server_notice", sqlstate=sqlstate, text=text)
+            if text not in self._told and len(self._told) < MOST_NOTICES:
+                self._told.add(text)  # some come every few seconds
+                log.info("server_notice", sqlstate=sqlstate, text=text)
             return
         operation, table = matched[1].lower(), matched[2]
         relation = TablePattern.parse(table).relation

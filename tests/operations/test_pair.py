@@ -24,7 +24,7 @@ from walstream.lsn import Lsn
 
 TAKEOVER_SECONDS: Final = 5.0
 SEED: Final = 3127
-ROUNDS: Final = 4
+ROUNDS: Final = 2
 TRANSACTIONS: Final = 15
 """So many are committed at least while a process is the active one."""
 

@@ -194,6 +194,9 @@ async def _free_connections(site: Site) -> Outcome:
     return ok(found)
 
 
+_TIMEOUT_NAME: Final = "wal_sender_timeout"
+
+
 async def _wal_sender_timeout(site: Site) -> Outcome:
     """Ask the walsender itself: the role may have a setting of its own."""
     if site.walsender is not None:
@@ -215,11 +218,7 @@ async def _wal_sender_timeout(site: Site) -> Outcome:
         "database": f"ALTER DATABASE {database} RESET wal_sender_timeout;",
         "database user": f"ALTER ROLE {role} IN DATABASE {database} RESET wal_sender_timeout;",
     }
-    return warning(found, *([own[source]] if source in own else []), *_sixty_seconds())
-
-
-def _sixty_seconds() -> list[str]:
-    return set_to("wal_sender_timeout", "'60s'")
+    return warning(found, *([own[source]] if source in own else set_to(_TIMEOUT_NAME, "'60s'")))
 
 
 def _streaming_role(site: Site) -> str:

@@ -40,7 +40,7 @@ async def _state(site: Site) -> Outcome:
     except SlotMissing as missing:
         if site.config.slot.create:
             return ok(f"{name} does not exist yet, the first start creates it")
-        return problem(missing.message, *_create(name))
+        return problem(missing.message, *_create(site))
     site.slot_exists = True
     try:
         await usable_slot(site.catalog, name)
@@ -50,7 +50,7 @@ async def _state(site: Site) -> Outcome:
         return problem(busy.message, *in_words(busy.hint))
     except (SlotUnfit, SlotLost) as error:
         mend = (
-            [*_create_again(name), _GONE] if isinstance(error, SlotLost) else in_words(error.hint)
+            [*_create_again(site), _GONE] if isinstance(error, SlotLost) else in_words(error.hint)
         )
         return problem(error.message, *mend)
     ((idle_seconds,),) = await site.catalog.rows(_IDLE, {"name": name})
@@ -67,7 +67,7 @@ async def _position(site: Site) -> Outcome:
         return problem(
             f"{status.confirmed_flush_lsn} is beyond the server's own: until it is there, no change"
             " is sent",
-            *_create_again(site.slot_name),
+            *_create_again(site),
         )
     return ok(f"{status.confirmed_flush_lsn}, {size(status.lag_bytes)} behind the server's")
 
@@ -78,7 +78,7 @@ async def _retained_wal(site: Site) -> Outcome:
     if retained is None:
         return skipped("the slot retains none")
     found = f"{size(retained)}, wal_status {status.wal_status}"
-    catch_up = _HELD_BACK if status.active else site.command("run", "--until now")
+    catch_up = _HELD_BACK if status.active else _catch_up(site)
     limits = site.config.retained_wal
     for key, limit, then in (
         ("drop_slot_at_bytes", limits.drop_slot_at_bytes, "drops the slot, and changes are lost"),
@@ -91,11 +91,11 @@ async def _retained_wal(site: Site) -> Outcome:
                 *_give_up(site.slot_name),
             )
     if status.wal_status == "unreserved" or _is_at_risk(status):
-        return warning(f"{found}: the slot is about to be lost", catch_up, _RAISE)
+        return warning(f"{found}: the slot is about to be lost", *catch_up, _RAISE)
     if limits.warn_at_bytes is not None and retained >= limits.warn_at_bytes:
-        return warning(f"{found}: above warn_at_bytes ({size(limits.warn_at_bytes)})", catch_up)
+        return warning(f"{found}: above warn_at_bytes ({size(limits.warn_at_bytes)})", *catch_up)
     is_much = status.wal_status == "extended"
-    return warning(f"{found}: more than max_wal_size", catch_up) if is_much else ok(found)
+    return warning(f"{found}: more than max_wal_size", *catch_up) if is_much else ok(found)
 
 
 def _is_at_risk(status: SlotStatus) -> bool:
@@ -111,7 +111,7 @@ async def _vacuum(site: Site) -> Outcome | None:
     return warning(
         f"its catalog_xmin is {age:,} transactions old: vacuum cannot clean the system catalogs,"
         " and the server nears a wraparound",
-        site.command("run", "--until now"),
+        *_catch_up(site),
     )
 
 
@@ -191,12 +191,19 @@ def _literals(names: list[str] | None) -> str:
     return ", ".join(map(literal, names)) if names else "''"
 
 
-def _create_again(name: str) -> list[str]:
-    return [f"SELECT pg_drop_replication_slot({literal(name)});", *_create(name)]
+def _create_again(site: Site) -> list[str]:
+    return [f"SELECT pg_drop_replication_slot({literal(site.slot_name)});", *_create(site)]
 
 
-def _create(name: str) -> list[str]:
-    return [f"SELECT pg_create_logical_replication_slot({literal(name)}, '{PLUGIN}');"]
+def _create(site: Site) -> list[str]:
+    failover = ", failover => true" if site.config.slot.failover else ""
+    name = literal(site.slot_name)
+    return [f"SELECT pg_create_logical_replication_slot({name}, '{PLUGIN}'{failover});"]
+
+
+def _catch_up(site: Site) -> list[str]:
+    """Deliver what is retained: the slot lets go of WAL when it has come past a checkpoint."""
+    return ["CHECKPOINT;", site.command("run", "--until now")]
 
 
 def _give_up(name: str) -> list[str]:
@@ -204,7 +211,7 @@ def _give_up(name: str) -> list[str]:
 
 
 _GONE: Final = "-- bring what was lost meanwhile over by other means"
-_HELD_BACK: Final = "-- see what walstream waits for: a handler, a sink, or a long transaction"
+_HELD_BACK: Final = ("-- see what walstream waits for: a handler, a sink, or a long transaction",)
 _RAISE: Final = "-- or raise max_slot_wal_keep_size"
 
 QUESTIONS: Final = (

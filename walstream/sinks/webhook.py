@@ -282,7 +282,9 @@ class WebhookSink:
             return f"no connection within {self._options.connect_timeout_seconds:g} s"
         if isinstance(error, httpx.TimeoutException):
             return f"no answer within {self._options.timeout_seconds:g} s"
-        return next(filter(None, map(_reason, _causes(error))), type(error).__name__)
+        known = next(filter(None, map(_reason, _causes(error))), "")
+        cut = "the connection was cut" if isinstance(error, httpx.NetworkError) else ""
+        return known or cut or type(error).__name__
 
 
 def retry_after_seconds(headers: Mapping[str, str], *, now: datetime) -> float | None:
