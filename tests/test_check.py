@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tests.conftest import StartCluster
 from tests.postgres import Database, async_wait_until, wait_until
 from walstream import Walstream
 from walstream import config as configuration
-from walstream.check import Finding, Report, Status, check
+from walstream.check import QUESTIONS, Finding, Report, Status, check
 from walstream.config import Config
 from walstream.connection import ReplicationConnection
 from walstream.decoder import START_OPTIONS
@@ -100,6 +101,16 @@ async def test_nothing_is_left_on_the_server(database: Database) -> None:
 
 async def test_nothing_routed_is_a_warning(database: Database) -> None:
     assert (await finding(settings(database.dsn), "routes", "routes")).status is Status.WARNING
+
+
+def test_every_question_is_documented_and_no_other() -> None:
+    """Those that can be silent are marked with a star."""
+    page = Path(__file__).parent.parent.joinpath("docs", "check.md").read_text(encoding="utf-8")
+    documented = set(
+        re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (`[^|]+)\|", page, re.MULTILINE)))
+    )
+    documented -= set(Status)
+    assert documented == {question.name for question in QUESTIONS} | {"routes"}
 
 
 # ---- Connections
@@ -263,7 +274,11 @@ async def test_a_server_that_does_not_allow_wal2json_is_told_the_setting(
     config = settings(cluster.conninfo())
     found = await finding(config, "wal2json", "allowed")
     assert found.status is Status.PROBLEM
-    assert (await finding(config, "wal2json", "installed")).status is Status.PROBLEM
+    refused = await finding(config, "wal2json", "installed")
+    assert (refused.status, refused.mend.splitlines()[1:]) == (
+        Status.PROBLEM,
+        found.mend.splitlines(),
+    )
     with psycopg.connect(cluster.conninfo(), autocommit=True) as connection:
         for statement in found.mend.splitlines():
             connection.execute(statement.encode())

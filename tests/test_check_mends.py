@@ -11,6 +11,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,6 @@ import psycopg
 import pytest
 
 from tests.conftest import StartCluster
-from tests.postgres import async_wait_until
 from walstream import config as configuration
 from walstream.check import Finding, Status, check, transactions
 from walstream.cluster import PrivateCluster
@@ -73,7 +73,7 @@ class Operator:
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["sh", "-c", command],
+            ["/bin/sh", "-c", command],
             capture_output=True,
             text=True,
             check=False,
@@ -99,7 +99,15 @@ async def mend_all(operator: Operator, planted: set[str], left: set[str]) -> Non
         if name in planted:
             operator.carry_out(findings[name].mend)
             # A reload reaches the sessions a moment later.
-            await async_wait_until(lambda name=name: operator.is_ok(name))
+            await until_ok(operator, name)
+
+
+async def until_ok(operator: Operator, name: str) -> None:
+    """Ask again until the line is in order, for some seconds."""
+
+    deadline = time.monotonic() + 10
+    while not await operator.is_ok(name):
+        assert time.monotonic() < deadline, (await operator.check())[name]
 
 
 def command(operator: Operator) -> tuple[int, dict[str, str]]:
@@ -193,6 +201,7 @@ to = "out"
 
 ROLES: Final = """
     CREATE ROLE walstream LOGIN CONNECTION LIMIT 2;
+    GRANT pg_read_all_settings TO walstream;
     ALTER ROLE walstream SET wal_sender_timeout = '2s';
     CREATE ROLE target LOGIN;
     SELECT pg_create_physical_replication_slot('forgotten');

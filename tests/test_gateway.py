@@ -57,8 +57,12 @@ async def client(process: Process) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def logged() -> Iterator[list[Any]]:
+    """Events of all levels, whatever level another test has left."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(0))
     with structlog.testing.capture_logs() as events:
         yield events
+    structlog.configure(**before)
 
 
 # ---- Health
@@ -317,6 +321,17 @@ def test_alerts_are_about_metrics_that_exist_and_say_what_to_do() -> None:
         assert names - sample_names() - {"up"} == set(), rule["alert"]
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert set(rule["annotations"]) == {"summary", "description", "runbook"}, rule["alert"]
+
+
+def test_alerts_name_events_that_are_logged() -> None:
+    documented = {
+        code(row[0])[0]
+        for row in tables("docs/logging-and-exit-codes.md", "event", "level", "keys")
+    }
+    runbooks = " ".join(rule["annotations"]["runbook"] for rule in alerts())
+    named = set(re.findall(r"event `(\w+)`", runbooks))
+    assert len(named) >= 4
+    assert named <= documented
 
 
 # ---- Listening

@@ -17,8 +17,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.lines import Line, called, handler
-from tests.postgres import async_wait_until
-from walstream import loop_watch
+from tests.postgres import Database, async_wait_until
+from walstream import Walstream, config, loop_watch
 from walstream.changes import Change
 from walstream.loop_watch import watch_loop
 
@@ -109,6 +109,7 @@ async def test_where_walstream_itself_blocks_is_told_too(monkeypatch: pytest.Mon
         (0.4, 0.0, False),  # a little late
         (30.0, 0.1, True),  # SIGSTOP, or a machine that slept
         (30.0, 29.0, False),  # a computation that holds Python's lock
+        (30.0, 5.0, False),  # the same where others compute too
     ],
 )
 def test_a_process_that_stood_still_is_told_from_one_that_computes(
@@ -167,3 +168,29 @@ def test_what_holds_pythons_lock_is_told_afterwards() -> None:
     with capture_logs() as logs:
         asyncio.run(main())
     assert logs[0]["event"] == "event_loop_blocked"
+
+
+async def test_a_run_is_watched(database: Database) -> None:
+    slot = f"watched_{os.urandom(4).hex()}"
+    database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    database.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", slot)
+    database.execute("INSERT INTO orders VALUES (1)")
+    stream = Walstream()
+
+    def blocked() -> list[Any]:
+        return [entry for entry in logs if entry["event"] == "event_loop_blocked"]
+
+    @stream.on("public.orders")
+    async def block(_: Change) -> None:
+        block_until(blocked)
+
+    settings = {
+        "postgres": {"dsn": database.dsn},
+        "slot": {"name": slot},
+        "stream": {"stuck_after_seconds": 0.2},
+    }
+    with capture_logs() as logs:
+        await stream.run(config.parse(settings), until="now")
+    [told] = blocked()
+    assert told["frames"][0].startswith(f"{__file__}:")
+    assert watchers() == []

@@ -350,6 +350,16 @@ async def test_what_is_open_can_be_reopened(bench: Bench) -> None:
     assert bench.kept() == [change.to_json() for change in given]
 
 
+async def test_what_was_closed_can_be_opened_again(bench: Bench) -> None:
+    """A reload that is refused does so."""
+    given = changes(4)
+    await bench.sink.take(given[:2])
+    await bench.sink.close()
+    await bench.sink.open()
+    await bench.sink.take(given[2:])
+    assert bench.kept() == [change.to_json() for change in given]
+
+
 async def test_a_sink_that_has_failed_can_be_closed(bench: Bench) -> None:
     """The fixture does it."""
     bench.fail_once(after_writing=True)

@@ -6,15 +6,20 @@ import asyncio
 import contextlib
 import os
 import secrets
+import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from subprocess import Popen
+from typing import Any, Final
 
 import pytest
 import structlog
 
 from tests import vitals
+from tests.postgres import Database
+from tests.proxy import Proxy
 from walstream.systemd import Notifier, describe, keep_telling
 from walstream.vitals import Phase
 
@@ -251,3 +256,119 @@ async def test_a_status_is_told_when_it_changes(
 def test_the_status_is_a_line_for_people(now: Any, said: str) -> None:
     assert describe(now).startswith(said)
     assert "\n" not in describe(now)
+
+
+# ---- walstream run as a service
+
+HANDLERS: Final = """
+import asyncio
+from pathlib import Path
+from walstream import Change, Walstream
+
+stream = Walstream()
+
+@stream.on("public.orders", name="waiter")
+async def wait(change: Change) -> None:
+    while not Path("go_on").exists():
+        await asyncio.sleep(0.01)
+"""
+
+CONFIGURATION: Final = """
+handlers = {{ app = "handlers:stream" }}
+[postgres]
+dsn = "{dsn}"
+[slot]
+name = "{slot}"
+create = true
+[stream]
+reconnect_seconds = 0.1
+max_reconnect_seconds = 0.1
+stalled_after_seconds = 0.3
+stuck_after_seconds = 0.6
+"""
+
+
+by_path: Final = pytest.mark.parametrize("manager", ["path"], indirect=True)
+
+
+@contextlib.contextmanager
+def running(folder: Path, manager: Manager, dsn: str, slot: str) -> Iterator[Popen[bytes]]:
+    """``walstream run`` as systemd starts it; its watchdog waits for 0.4 seconds."""
+    (folder / "handlers.py").write_text(HANDLERS)
+    (folder / "walstream.toml").write_text(CONFIGURATION.format(dsn=dsn, slot=slot))
+    environment = {**os.environ, "NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "400000"}
+    environment.pop("WATCHDOG_PID", None)
+    command = [sys.executable, "-m", "walstream", "run"]
+    with (folder / "log").open("wb") as log:
+        process = Popen(command, cwd=folder, env=environment, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@by_path
+def test_a_service_is_ready_when_it_streams_and_not_before(
+    manager: Manager, tmp_path: Path, database: Database, wait_until: Callable[..., Any]
+) -> None:
+    database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    with Proxy(database.dsn) as proxy:
+        proxy.refuse()
+        slot = f"systemd_{database.name[-8:]}"
+        with running(tmp_path, manager, proxy.dsn(database.dsn), slot) as process:
+            wait_until(lambda: manager.heard("WATCHDOG=1") >= 3, 20)
+            assert manager.heard("STATUS=")
+            assert manager.heard("EXTEND_TIMEOUT_USEC=")
+            assert manager.heard("READY=1") == 0
+            proxy.restore()
+            wait_until(lambda: manager.heard("READY=1"), 20)
+            wait_until(lambda: manager.heard(f"STATUS=streaming from {slot}"))
+            proxy.cut()
+            wait_until(lambda: manager.heard(f"STATUS=streaming from {slot}") >= 2)
+            assert manager.heard("READY=1") == 1
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            assert manager.heard("STOPPING=1") == 1
+
+
+@by_path
+def test_the_watchdog_of_a_service_hears_nothing_while_a_handler_is_stuck(
+    manager: Manager, tmp_path: Path, database: Database, wait_until: Callable[..., Any]
+) -> None:
+    database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    slot = f"systemd_{database.name[-8:]}"
+    with running(tmp_path, manager, database.dsn, slot) as process:
+        wait_until(lambda: manager.heard("READY=1"), 20)
+        database.execute("INSERT INTO orders VALUES (1)")
+        wait_until(lambda: any("stalled for 1 s" in one for one in manager.hear()))
+        signs = manager.heard("WATCHDOG=1")
+        wait_until(lambda: any("stalled for 3 s" in one for one in manager.hear()))
+        assert manager.heard("WATCHDOG=1") == signs
+        (tmp_path / "go_on").touch()
+        wait_until(lambda: manager.heard("WATCHDOG=1") > signs)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert manager.heard("STOPPING=1") == 1
+
+
+@by_path
+def test_a_reload_of_a_service_is_told_whether_it_is_applied_or_refused(
+    manager: Manager, tmp_path: Path, database: Database, wait_until: Callable[..., Any]
+) -> None:
+    database.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    slot = f"systemd_{database.name[-8:]}"
+    with running(tmp_path, manager, database.dsn, slot) as process:
+        wait_until(lambda: manager.heard("READY=1"), 20)
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: manager.heard("READY=1") == 2)
+        (tmp_path / "walstream.toml").write_text("nonsense")
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: manager.heard("READY=1") == 3)
+        told = [one for one in manager.hear() if one.startswith(("READY", "RELOADING"))]
+        assert [one.split("=")[0] for one in told] == [
+            "READY", "RELOADING", "READY", "RELOADING", "READY",
+        ]  # fmt: skip
+        assert all("MONOTONIC_USEC=" in one for one in told[1::2])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0

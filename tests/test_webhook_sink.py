@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import ssl
 import subprocess
 import sys
@@ -26,17 +27,18 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from tests.postgres import async_wait_until
+from tests.postgres import Database, async_wait_until
 from tests.receiver import DROPPED, Answer, Received, Receiver, receiving
 from tests.test_delivery import Line
-from walstream import config
+from tests.test_documents import blocks
+from walstream import Walstream, config
 from walstream.assembly import Assembly
 from walstream.changes import Change
-from walstream.errors import ConfigError, SinkFailed
+from walstream.errors import ConfigError, SinkFailed, SinkRefused
 from walstream.policy import FailurePolicy, OnFailure, Retry
 from walstream.sinks import redirects
 from walstream.sinks.redirects import is_public
-from walstream.sinks.webhook import SinkRefused, WebhookSink, retry_after_seconds
+from walstream.sinks.webhook import WebhookSink, retry_after_seconds
 from walstream.testing import insert, new_transaction, update
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +199,34 @@ async def test_secrets_of_a_file_are_read_again_at_a_reload(
     await sink.take(changes(1))
     assert [verified(request, NEW) for request in receiver.requests] == [False, True, True]
     assert all(verified(request, OLD) for request in receiver.requests)
+
+
+async def test_the_receiver_of_the_documents_verifies_and_does_nothing_twice(
+    stack: AsyncExitStack, tmp_path: Path
+) -> None:
+    [block] = blocks("python", "receiver", [ROOT / "docs" / "sinks.md"])
+    script = tmp_path / "receiver.py"
+    script.write_text(block.text)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, script),
+        env={"SECRET": f"{OLD} {NEW}", "PORT": "0"},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        port = int((await process.stdout.readline()).split()[-1])
+        url = f"http://127.0.0.1:{port}/"
+        given = changes(3)
+        for secret in (NEW, OLD, [NEW, OLD]):
+            await (await opened(stack, url, secret=secret)).take(given)
+        stranger = "whsec_" + base64.b64encode(bytes(32)).decode()
+        for keys in ({"secret": stranger}, {}):
+            with pytest.raises(SinkRefused, match="status 401"):
+                await (await opened(stack, url, **keys)).take(changes(1))
+    finally:
+        process.terminate()
+        out, _ = await process.communicate()
+    assert out.decode().splitlines() == [f"insert t {{'id': {n}}}" for n in range(3)]
 
 
 # ---- What is taken, and what comes again
@@ -413,7 +443,7 @@ async def test_the_policy_decides_about_what_is_refused(
 ) -> None:
     """Of a batch only the change that is refused alone is skipped."""
     line = Line()
-    line.policy = FailurePolicy(attempts=1, on_failure=on_failure)
+    line.policy = FailurePolicy(attempts=5, on_failure=on_failure)
     sink = await opened(stack, receiver.url, max_changes=2)
     line.transaction(*[sink] * 6)
     receiver.answers += [Answer(), Answer(422), Answer(422), Answer(200)]
@@ -426,6 +456,39 @@ async def test_the_policy_decides_about_what_is_refused(
         [one] = [entry for entry in logs if entry["event"] == "change_skipped"]
         assert one["change"] == line.handed[2][1].id
     assert line.delivery.counts["hook"].skipped == skipped
+    assert len(receiver.requests) == (6 if skipped else 2)  # one, one refused; four alone
+
+
+# ---- From the database
+
+
+async def test_committed_changes_get_to_the_receiver_and_are_confirmed(
+    database: Database, receiver: Receiver
+) -> None:
+    """In commit order; with answers that get lost, none missing."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    slot = f"hooked_{secrets.token_hex(4)}"
+    database.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", slot)
+    for start in range(0, 300, 30):
+        database.execute("INSERT INTO t SELECT generate_series(%s::int, %s)", start + 1, start + 30)
+    receiver.answers += [Answer(), DROPPED, Answer(500), Answer(), Answer(429)]
+    settings = {
+        "postgres": {"dsn": database.dsn},
+        "slot": {"name": slot},
+        "handlers": {"backoff_seconds": 0.01},
+        "routes": [{"table": "public.t", "to": "hook"}],
+        "sinks": {"hook": {"type": "webhook", "url": receiver.url, "max_changes": 40}},
+    }
+    try:
+        await Walstream().run(config.parse(settings), until="now")
+    finally:
+        database.execute("SELECT pg_drop_replication_slot(%s)", slot)
+    rows = [
+        change["row"]["id"]
+        for request in receiver.requests
+        for change in json.loads(request.body)["changes"]
+    ]
+    assert list(dict.fromkeys(rows)) == list(range(1, 301))
 
 
 # ---- Redirects

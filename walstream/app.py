@@ -221,7 +221,7 @@ class Walstream:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it streams, and no handler is stuck."""
+        """Whether it streams, and changes get through."""
         return self._daemon is not None and self._daemon.is_ready
 
 

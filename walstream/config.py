@@ -78,7 +78,16 @@ def _in_bytes(value: object) -> object:
     return int(matched[1]) * _UNITS[matched[2] or "B"]
 
 
-Bytes = Annotated[int, BeforeValidator(_in_bytes), Field(gt=0)]
+_BYTES_SCHEMA: Final = {
+    "anyOf": [
+        {"type": "integer", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^\s*\d+\s*(B|kB|MB|GB|TB)?\s*$"},
+    ]
+}
+
+Bytes = Annotated[
+    int, BeforeValidator(_in_bytes), Field(gt=0), WithJsonSchema(_BYTES_SCHEMA, mode="validation")
+]
 
 
 class _Section(BaseModel):
@@ -567,9 +576,7 @@ def _signing_key(secret: str) -> bytes:
 
 def _lines(key: str, file: Path) -> list[str]:
     """Read a file of secrets, one a line."""
-    shown = (
-        "a value that looks like the secret" if str(file).startswith(_WHSEC) else str(file)
-    )
+    shown = "a value that looks like the secret" if str(file).startswith(_WHSEC) else str(file)
     try:
         lines = file.read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:

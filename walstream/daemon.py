@@ -237,8 +237,14 @@ class Daemon:
         """Let sinks that want to open anew what they write to, as after logrotate."""
         for sink in self._assembly.sinks:
             reopen = getattr(sink, "reopen", None)
-            if reopen is not None:
+            if reopen is None:
+                continue
+            try:
                 await reopen()
+            except (OSError, WalstreamError) as error:  # the next change shows how it is
+                log.warning(
+                    "sink_not_reopened", sink=sink.name, error=self._delivery.describe(error)
+                )
 
     @property
     def is_ready(self) -> bool:

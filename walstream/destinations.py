@@ -91,6 +91,9 @@ class Sink(Protocol):
     ``take`` returns when the changes are as durable as the sink promises, and raises OSError or
     `SinkFailed` when they are not; it may then be called again with the same changes, and what the
     failed call left behind must not stay.
+
+    A sink may have two things more: ``max_changes``, how many it wants at once at most, and
+    ``async def reopen()``, called at SIGHUP, which opens anew what it writes to.
     """
 
     name: str

@@ -36,6 +36,7 @@
     │   ├── HandlerStuck            a handler made no progress for so long that the slot is given up
     │   ├── TransactionTooLarge     a handler of whole transactions gets none of that size
     │   ├── SinkFailed              a sink could not take a change
+    │   │   └── SinkRefused         the receiver of a sink refuses a change for good
     │   ├── OutputClosed            the reader of the standard output is gone
     │   ├── DeadLettersFull         no room for another dead letter
     │   └── DeadLetterStoreFailed   dead letters could not be stored or read
@@ -239,6 +240,10 @@ class TransactionTooLarge(DeliveryError):
 
 class SinkFailed(DeliveryError):
     """A sink could not take a change."""
+
+
+class SinkRefused(SinkFailed):
+    """The receiver refuses a change for good; the same change would be refused again."""
 
 
 class OutputClosed(DeliveryError):

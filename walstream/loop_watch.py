@@ -108,7 +108,8 @@ class _LoopWatch:
 def _was_stopped(gap_seconds: float, used_seconds: float, interval_seconds: float) -> bool:
     """Whether the whole process stood still between two looks, and did not compute either."""
     missing_seconds = gap_seconds - interval_seconds
-    return missing_seconds > interval_seconds and used_seconds < missing_seconds / 2
+    # On a machine that is busy a process that computes may get little of the processor.
+    return missing_seconds > interval_seconds and used_seconds < missing_seconds / 10
 
 
 def _tell_moving(seconds: float) -> None:

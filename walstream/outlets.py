@@ -40,6 +40,7 @@ from walstream.errors import (
     RowInvalid,
     SetupError,
     SinkFailed,
+    SinkRefused,
     StreamBroken,
     TargetUnavailable,
     TransactionBroken,
@@ -70,7 +71,7 @@ MAX_CALLS_IN_A_ROW: Final = 100
 _CANCEL_SECONDS: Final = 2.0
 """How long a handler gets to end when it is cancelled."""
 
-_SAME_AGAIN: Final = (RowInvalid, TransactionTooLarge)
+_SAME_AGAIN: Final = (RowInvalid, SinkRefused, TransactionTooLarge)
 """The same change would fail the same way: no further attempt, then the policy."""
 
 _COMES_AGAIN: Final = (
@@ -950,7 +951,7 @@ class UnitOutlet(Outlet):
     def _limit(self) -> int:
         if isinstance(self.destination, Handler):
             return self._options.batch or 1
-        return MAX_SINK_BATCH
+        return getattr(self.destination, "max_changes", MAX_SINK_BATCH)
 
 
 class TransactionOutlet(Outlet):

@@ -49,11 +49,13 @@ async def exchange_sinks(old: Sequence[Sink], new: Sequence[Sink]) -> None:
     Raises:
         WalstreamError: a new one cannot be opened; the old ones are open again.
     """
-    gone = [sink for sink in old if sink not in new]
+    closed: list[Sink] = []
     opened: list[Sink] = []
-    for sink in gone:
-        await sink.close()
     try:
+        for sink in old:
+            if sink not in new:
+                closed.append(sink)
+                await sink.close()
         for sink in new:
             if sink not in old:
                 await sink.open()
@@ -61,6 +63,6 @@ async def exchange_sinks(old: Sequence[Sink], new: Sequence[Sink]) -> None:
     except WalstreamError:
         for sink in opened:
             await sink.close()
-        for sink in gone:
+        for sink in closed:
             await sink.open()
         raise

@@ -115,11 +115,5 @@ class _Service:
             logs.configure(config.log.level, config.log.format)
             log.info("reloaded", routes=len(config.routes), sinks=len(config.sinks))
         finally:
-            await self._reopen_sinks()
-            self._notifier.reloaded()
-
-    async def _reopen_sinks(self) -> None:
-        try:
             await self._daemon.reopen_sinks()
-        except (OSError, WalstreamError) as error:
-            log.error("sink_not_reopened", error=type(error).__name__)  # noqa: TRY400
+            self._notifier.reloaded()

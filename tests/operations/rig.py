@@ -45,7 +45,9 @@ SETTINGS: Final = {
     "max_prepared_transactions": "8",
     "autovacuum": "off",
     "checkpoint_timeout": "30s",
+    "logical_decoding_work_mem": "64kB",
 }
+"""Transactions of some hundred rows are spilled to disk."""
 
 ROLE: Final = "streamer"
 PASSWORD: Final = "the right one"  # noqa: S105 - of a server that is thrown away
@@ -55,7 +57,7 @@ STREAM: Final[Mapping[str, Any]] = {
     "max_reconnect_seconds": 0.3,
     "after_shutdown_seconds": 0.3,
     "standby_poll_seconds": 0.1,
-    "receive_timeout_seconds": 1.5,
+    "receive_timeout_seconds": 4.0,
     "drain_seconds": 2.0,
     "stalled_after_seconds": 2.0,
 }

@@ -99,7 +99,7 @@ def the_next_connections_are_cut_while_they_are_opened(rig: Rig, chance: random.
 @fault(cards=4)
 def nothing_passes_for_a_while(rig: Rig, chance: random.Random) -> None:
     rig.proxy.stall(_which(chance), _direction(chance))
-    _pause(chance, 0.1, chance.choice((0.5, 0.5, 2.5)))
+    _pause(chance, 0.1, chance.choice((0.5, 0.5, 0.5, 5.0)))
     rig.proxy.restore()
 
 
@@ -216,6 +216,17 @@ def the_role_may_not_connect_for_a_while(rig: Rig, chance: random.Random) -> Non
     rig.proxy.cut()
     _pause(chance, 0.1, 0.6)
     rig.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT -1")
+
+
+@fault(cards=1)
+def the_database_takes_no_connections_for_a_while(rig: Rig, chance: random.Random) -> None:
+    """As before it is renamed or copied."""
+    rig.execute(f'ALTER DATABASE "{rig.database.name}" ALLOW_CONNECTIONS false')
+    try:
+        rig.proxy.cut()
+        _pause(chance, 0.1, 0.6)
+    finally:
+        rig.execute(f'ALTER DATABASE "{rig.database.name}" ALLOW_CONNECTIONS true')
 
 
 @fault(cards=1)

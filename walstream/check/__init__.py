@@ -28,7 +28,7 @@ from walstream.check.routes import check_routes
 from walstream.check.site import Site, asked
 from walstream.config import Config
 
-__all__ = ["Finding", "Report", "Status", "check"]
+__all__ = ["QUESTIONS", "Finding", "Report", "Status", "check"]
 
 # What asks the replication connection comes before the plugin, which it is used up by.
 _OF_THE_SERVER: Final = (
@@ -39,6 +39,9 @@ _OF_THE_SERVER: Final = (
     *role.QUESTIONS,
 )
 _OF_THE_SLOT: Final = (*plugin.QUESTIONS, *slot.QUESTIONS)
+
+QUESTIONS: Final = (*_OF_THE_SERVER, *_OF_THE_SLOT, *stores.QUESTIONS, *place.QUESTIONS)
+"""All that is asked once, whatever the configuration."""
 
 
 async def check(

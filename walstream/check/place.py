@@ -124,7 +124,7 @@ async def check_sinks(site: Site) -> list[Finding]:
 
 
 async def _sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
-    outcome = _judge_sink(site, name, sink)
+    outcome = await _judge_sink(site, name, sink)
     if all(route.to != name for route in site.config.routes):
         return warning(
             "no route leads to it", f"-- name it in a [[routes]], or remove [sinks.{name}]"
@@ -132,19 +132,19 @@ async def _sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
     return outcome
 
 
-def _judge_sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
+async def _judge_sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
     match sink:
         case StdoutSinkConfig():
             return ok("the standard output")
         case FileSinkConfig():
-            return _file(site, sink)
+            return await _file(site, sink)
         case WebhookSinkConfig():
             return _webhook(name, sink)
         case _:
             assert_never(sink)
 
 
-def _file(site: Site, sink: FileSinkConfig) -> Outcome:
+async def _file(site: Site, sink: FileSinkConfig) -> Outcome:
     path = sink.path.absolute()
     same = Counter(
         one.path.absolute() for one in site.config.sinks.values() if isinstance(one, FileSinkConfig)
@@ -161,6 +161,13 @@ def _file(site: Site, sink: FileSinkConfig) -> Outcome:
     holders = list(_lock_holders(path))
     if not holders:
         return ok(str(path))
+    if not site.lacks("catalog", "slot"):
+        status = await slot_status(site.catalog, site.slot_name)
+        if not status.active:
+            return problem(
+                f"PID {holders[0]} has locked {path}, and nobody streams from the slot",
+                f"-- end PID {holders[0]}, or give each process a file of its own",
+            )
     return ok(f"{path}, which PID {holders[0]} writes to now")
 
 

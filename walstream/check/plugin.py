@@ -21,12 +21,13 @@ from walstream.check.findings import (
     skipped,
     warning,
 )
-from walstream.check.server import GUARDED_MINORS
+from walstream.check.server import ALLOWED_PLUGINS, GUARDED_MINORS
 from walstream.check.site import Question, Site
 from walstream.check.transactions import blockers, ends_of, listed
 from walstream.decoder import START_OPTIONS
 from walstream.errors import (
     AccessRefused,
+    ConnectionLost,
     PluginMissing,
     PluginRefused,
     PluginTooOld,
@@ -75,9 +76,15 @@ async def _installed(site: Site) -> Outcome:
     except PluginMissing as missing:
         return problem(missing.message, f"$ {_install(site)}", *in_words(missing.hint))
     except PluginRefused as refused:
-        return problem(refused.message, *in_words(refused.hint))
+        return problem(
+            refused.message,
+            "-- with what else is in the list:",
+            *set_to("output_plugin_libraries", ALLOWED_PLUGINS),
+        )
     except SlotCreationBlocked as blocked:
         return await _blocked(site, blocked)
+    except ConnectionLost:
+        raise
     except WalstreamError as error:
         return skipped(f"cannot be tried: {error.message}")
     return ok("the server makes slots for it")

@@ -36,6 +36,9 @@ LAST_DAYS: Final = {
 GUARDED_MINORS: Final = {14: 24, 15: 19, 16: 15, 17: 11, 18: 6}
 """The releases of August 2026, which brought output_plugin_libraries (CVE-2026-6471)."""
 
+ALLOWED_PLUGINS: Final = "'pgoutput', 'test_decoding', 'wal2json'"
+"""The default of output_plugin_libraries, and wal2json."""
+
 SHORTEST_TIMEOUT_SECONDS: Final = 5.0
 """Below that a pause of some seconds, of whatever machine, ends the stream."""
 
@@ -82,7 +85,7 @@ def judge_version(major: int, minor: int, named: str, day: date) -> Outcome:
             f"{named} lacks the fix of CVE-2026-6471; {major}.{guarded}, which has it, refuses"
             " wal2json until that is allowed",
             f"-- upgrade the server to {major}.{guarded} or later, and at once:",
-            *set_to("output_plugin_libraries", "'pgoutput', 'test_decoding', 'wal2json'"),
+            *set_to("output_plugin_libraries", ALLOWED_PLUGINS),
         )
     return ok(named)
 

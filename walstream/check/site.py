@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 import psycopg
 from psycopg import AsyncConnection, sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
 from walstream.assembly import Attached, make_router
@@ -16,7 +17,7 @@ from walstream.catalog import Catalog, Query
 from walstream.check.findings import Finding, Outcome, failed, skipped, unreachable
 from walstream.config import Config
 from walstream.connection import ReplicationConnection
-from walstream.errors import ConfigError, UsageError, WalstreamError
+from walstream.errors import ConfigError, ConnectionLost, UsageError, WalstreamError
 from walstream.postgres import connect, cut, server_error
 from walstream.router import Router
 
@@ -37,6 +38,12 @@ QUERY_SECONDS: Final = 3.0
 
 QUESTION_SECONDS: Final = 15.0
 """How long a question may take with all of its queries; then its connections are cut."""
+
+CONNECT_SECONDS: Final = 5
+"""How long connecting may take, unless the connection string says otherwise."""
+
+_GRACE_SECONDS: Final = 1.0
+"""How soon who waits for an answer has noticed that the connection is cut."""
 
 END_SECONDS: Final = 5.0
 """How long the walsender is watched ending."""
@@ -119,7 +126,7 @@ class Site:
         self.masking_key = config.masking.secret()
         self.application_name = f"{config.postgres.application_name} check"[:63]
         self.catalog: Catalog = _QuickCatalog(
-            config.postgres.catalog_dsn(), application_name=self.application_name
+            _impatient(config.postgres.catalog_dsn()), application_name=self.application_name
         )
         self.links: dict[Literal["catalog", "replication"], Link] = {}
         self.catalog_user = ""
@@ -143,7 +150,7 @@ class Site:
     async def connect(self, dsn: str, *, replication: bool = False) -> AsyncConnection[TupleRow]:
         """Connect as walstream does, under a name of its own; closed at the end at the latest."""
         connection = await connect(
-            dsn, application_name=self.application_name, replication=replication
+            _impatient(dsn), application_name=self.application_name, replication=replication
         )
         self._others.append(connection)
         return connection
@@ -198,6 +205,12 @@ class Site:
         return self.walsender.connection
 
 
+def _impatient(dsn: str) -> str:
+    if "connect_timeout" in conninfo_to_dict(dsn):
+        return dsn
+    return make_conninfo(dsn, connect_timeout=CONNECT_SECONDS)
+
+
 class Question(msgspec.Struct, frozen=True):
     """One check; it is skipped unless what it ``needs`` is there, and left out if it gives None."""
 
@@ -229,7 +242,11 @@ async def answered(site: Site, answer: Awaitable[Outcome | None]) -> Outcome | N
     began = loop.time()
     timer = loop.call_later(QUESTION_SECONDS, site.give_up)
     try:
-        return await answer
+        # What waits for an answer is cut loose; what is only connecting is cancelled.
+        async with asyncio.timeout(QUESTION_SECONDS + _GRACE_SECONDS):
+            return await answer
+    except TimeoutError:
+        failure: WalstreamError = ConnectionLost("there was no answer")
     except WalstreamError as error:
         failure = error
     except psycopg.Error as error:

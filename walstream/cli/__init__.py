@@ -15,6 +15,7 @@ import typer
 
 from walstream.cli import (
     checking,
+    configuring,
     dead_letters,
     demo,
     explaining,
@@ -45,6 +46,7 @@ app.command("check")(checking.check)
 app.command("explain")(explaining.explain)
 app.command("test")(trying.try_recording)
 app.command("demo")(demo.demo)
+app.add_typer(configuring.app, name="config")
 app.add_typer(slot.app, name="slot")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(models.app, name="models")

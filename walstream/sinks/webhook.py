@@ -33,7 +33,7 @@ import msgspec
 import structlog
 
 from walstream.changes import Change
-from walstream.errors import ConfigError, SinkFailed
+from walstream.errors import ConfigError, SinkFailed, SinkRefused
 from walstream.policy import Retry
 from walstream.sinks.envelopes import Envelope, Packing, signature
 from walstream.sinks.redirects import (
@@ -65,10 +65,6 @@ _HINTS: Final = {
     410: "the receiver wants no more changes: remove the sink and its routes",
     413: "lower the sink's max_changes or max_request_bytes",
 }
-
-
-class SinkRefused(SinkFailed):
-    """The receiver refuses a change for good; the same change would be refused again."""
 
 
 class ReceiverBusy(SinkFailed, Retry):
@@ -111,6 +107,8 @@ class WebhookSink:
 
     def __init__(self, name: str, options: WebhookOptions) -> None:
         self.name = name
+        # What fails as one request is then tried change by change, each of which may time out.
+        self.max_changes = options.packing.max_changes
         self._options = options
         self._clients: _Clients | None = None
         self._target: Target | None = None
