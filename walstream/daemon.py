@@ -299,7 +299,7 @@ class Daemon:
             slot_name=self._config.slot.name,
             is_ready=self._phase is Phase.STREAMING
             and stalled_seconds < stream.stalled_after_seconds,
-            is_alive=delivery.stalled(now)[0] < stream.stuck_after_seconds,
+            is_alive=self._stalled_delivery(now)[0] < stream.stuck_after_seconds,
             reason=self._reason,
             stalled_seconds=stalled_seconds,
             stalled_because=stalled_because,
@@ -337,13 +337,18 @@ class Daemon:
         session = self._session
         if session is None or self._phase is not Phase.STREAMING:
             return 0.0, ""
-        causes = [
-            self._delivery.stalled(now),
-            (session.standstill_seconds(now), "changes wait, and the watermark stands still"),
-        ]
+        causes = [self._stalled_delivery(now)]
         silent_seconds = session.silent_seconds
         if silent_seconds > ANSWER_SECONDS:
             causes.append((silent_seconds, "the server says nothing, although it was asked"))
+        return max(causes)
+
+    def _stalled_delivery(self, now: float) -> tuple[float, str]:
+        """Say how long a destination, or the watermark, has stood still, and why."""
+        causes = [self._delivery.stalled(now)]
+        if self._session is not None:
+            seconds = self._session.standstill_seconds(now)
+            causes.append((seconds, "changes wait, and the watermark stands still"))
         return max(causes)
 
     def _lag_seconds(self) -> float:
