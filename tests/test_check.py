@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 import pytest
@@ -28,11 +28,14 @@ from walstream.errors import EX_CONFIG, EX_OK, EX_TEMPFAIL, EX_USAGE
 from walstream.lsn import Lsn
 from walstream.protocol import status_update
 
+SLOT: Final[dict[str, Any]] = {"create": True, "name": "walstream_checked"}
+"""On a server that is shared, one of the usual name may be somebody's."""
+
 
 def settings(dsn: str, *, replication_dsn: str | None = None, **slot: Any) -> Config:
     """A configuration; the slot is made at the first start unless said otherwise."""
     postgres = {"dsn": dsn} | ({"replication_dsn": replication_dsn} if replication_dsn else {})
-    return configuration.parse({"postgres": postgres, "slot": {"create": True, **slot}})
+    return configuration.parse({"postgres": postgres, "slot": {**SLOT, **slot}})
 
 
 async def findings(config: Config, group: str, name: str = "") -> list[Finding]:
@@ -50,7 +53,7 @@ def routed(dsn: str, **route: Any) -> Config:
     return configuration.parse(
         {
             "postgres": {"dsn": dsn},
-            "slot": {"create": True},
+            "slot": SLOT,
             "routes": [{"to": "out", "name": "mine", **route}],
             "sinks": {"out": {"type": "stdout"}},
         }
@@ -106,10 +109,8 @@ async def test_nothing_routed_is_a_warning(database: Database) -> None:
 def test_every_question_is_documented_and_no_other() -> None:
     """Those that can be silent are marked with a star."""
     page = Path(__file__).parent.parent.joinpath("docs", "check.md").read_text(encoding="utf-8")
-    documented = set(
-        re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (`[^|]+)\|", page, re.MULTILINE)))
-    )
-    documented -= set(Status)
+    cells = re.findall(r"^\| (`[^|]+)\|", page, re.MULTILINE)
+    documented = set(re.findall(r"`([^`]+)`", " ".join(cells))) - set(Status)
     assert documented == {question.name for question in QUESTIONS} | {"routes"}
 
 
@@ -366,7 +367,9 @@ async def test_a_lost_slot_is_a_problem(private_cluster: StartCluster) -> None:
     cluster = private_cluster({"max_slot_wal_keep_size": "1MB", "wal_keep_size": "0"})
     config = settings(cluster.conninfo())
     with psycopg.connect(cluster.conninfo(), autocommit=True) as connection:
-        connection.execute("SELECT pg_create_logical_replication_slot('walstream', 'wal2json')")
+        connection.execute(
+            "SELECT pg_create_logical_replication_slot('walstream_checked', 'wal2json')"
+        )
         for _ in range(4):
             connection.execute("SELECT pg_switch_wal() FROM pg_logical_emit_message(true, '', '')")
             connection.execute("CHECKPOINT")
@@ -619,7 +622,7 @@ def write_handlers(folder: Path, where: str) -> None:
 
 def test_handlers_are_checked_and_the_exit_code_tells(database: Database, tmp_path: Path) -> None:
     database.execute("CREATE TABLE t (id int PRIMARY KEY, n int)")
-    (tmp_path / "walstream.toml").write_text("[slot]\ncreate = true\n")
+    (tmp_path / "walstream.toml").write_text('[slot]\ncreate = true\nname = "walstream_checked"\n')
     write_handlers(tmp_path, "id=eq.1")
     done = run("handlers:stream", "--dsn", database.dsn, folder=tmp_path)
     assert (done.returncode, done.stderr) == (EX_OK, "")

@@ -139,11 +139,20 @@ def pooler(dsn: str, folder: Path) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until((sockets / ".s.PGSQL.6432").exists)
-        yield f"host={sockets} port=6432 user={server['user']} dbname={server['dbname']}"
+        through = f"host={sockets} port=6432 user={server['user']} dbname={server['dbname']}"
+        wait_until(lambda: _answers(through))
+        yield through
     finally:
         process.terminate()
         process.wait()
+
+
+def _answers(dsn: str) -> bool:
+    try:
+        psycopg.connect(dsn).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def _owner(host: str) -> int | None:

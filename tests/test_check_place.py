@@ -1,4 +1,4 @@
-"""``walstream check``: the place where walstream runs, what it writes to, and what it kept there."""
+"""``walstream check``: the place where walstream runs, what it writes to and has kept there."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from tests.postgres import Database
-from tests.test_check import finding
+from tests.test_check import SLOT, finding
 from walstream import Change, Walstream
 from walstream import config as configuration
+from walstream.assembly import letters_of
 from walstream.check import Finding, Status, check, place
 from walstream.config import Config
 from walstream.lineage import Lineage
@@ -34,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def parsed(dsn: str = "host=127.0.0.1 port=1", **sections: Any) -> Config:
-    return configuration.parse({"postgres": {"dsn": dsn}, "slot": {"create": True}, **sections})
+    return configuration.parse({"postgres": {"dsn": dsn}, "slot": SLOT, **sections})
 
 
 async def of_handlers(config: Config, stream: Walstream, group: str) -> Finding:
@@ -56,7 +57,7 @@ def plain(database: Database) -> Iterator[str]:
     """The connection string of a role without any rights."""
     name = f"plain_{database.name[-8:]}"
     database.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'plain'")
-    yield make_conninfo(database.dsn, user=name, password="plain")  # noqa: S106 - it lives for a test
+    yield make_conninfo(database.dsn, user=name, password="plain")  # noqa: S106
     database.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
 
 
@@ -82,7 +83,7 @@ async def test_a_slot_that_does_not_go_on_from_what_was_confirmed_is_a_problem(
     """As the next start would say."""
     [(systemid,)] = database.execute("SELECT system_identifier::text FROM pg_control_system()")
     config = parsed(database.dsn, state={"path": "state.json"})
-    await StateFile(Path("state.json"), "walstream").record(Lineage(systemid, 1, Lsn(1)))
+    await StateFile(Path("state.json"), SLOT["name"]).record(Lineage(systemid, 1, Lsn(1)))
     found = await finding(config, "here", "lineage")
     assert found.status is Status.PROBLEM
     assert "was there and is gone" in found.found
@@ -119,7 +120,7 @@ async def test_a_file_that_somebody_else_has_locked_is_a_problem_unless_it_is_us
     config = config.model_copy(
         update={"slot": config.slot.model_copy(update={"name": database.name})}
     )
-    with Path("out.jsonl").open("w") as file:
+    with Path("out.jsonl").open("w") as file:  # noqa: ASYNC230 - nothing else runs here
         fcntl.flock(file, fcntl.LOCK_EX)
         found = await sink(config, "out")
         assert found.status is Status.PROBLEM
@@ -257,8 +258,6 @@ def _role(dsn: str) -> str:
 
 
 async def _make_store(config: Config) -> None:
-    from walstream.assembly import letters_of
-
     store = letters_of(config)
     await store.open()
     await store.close()

@@ -288,6 +288,10 @@ stuck_after_seconds = 0.6
 """
 
 
+def last_status(manager: Manager) -> str:
+    return [one for one in manager.hear() if one.startswith("STATUS=")][-1]
+
+
 by_path: Final = pytest.mark.parametrize("manager", ["path"], indirect=True)
 
 
@@ -324,8 +328,11 @@ def test_a_service_is_ready_when_it_streams_and_not_before(
             proxy.restore()
             wait_until(lambda: manager.heard("READY=1"), 20)
             wait_until(lambda: manager.heard(f"STATUS=streaming from {slot}"))
+            proxy.refuse()
             proxy.cut()
-            wait_until(lambda: manager.heard(f"STATUS=streaming from {slot}") >= 2)
+            wait_until(lambda: not last_status(manager).startswith("STATUS=streaming"))
+            proxy.restore()
+            wait_until(lambda: last_status(manager).startswith("STATUS=streaming"))
             assert manager.heard("READY=1") == 1
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0

@@ -26,23 +26,26 @@ def index(changes: list[Change]) -> None:
 
 
 def apply(change: Change, connection: sqlite3.Connection) -> None:
-    if change.operation == "truncate":
-        connection.execute("DELETE FROM articles")
-        return
-    number = change.key["id"]
-    if change.operation == "update" and change.identity["id"] == number:
-        texts = {name: change.row[name] for name in ("title", "body") if name in change.row}
-        settings = ", ".join(f"{name} = ?" for name in texts)
-        refuse_giants(texts)
-        connection.execute(
-            f"UPDATE articles SET {settings} WHERE rowid = ?", [*texts.values(), number]
-        )
-        return
-    if "id" in change.identity:
-        connection.execute("DELETE FROM articles WHERE rowid = ?", [change.identity["id"]])
-    if change.operation != "delete":
-        refuse_giants(change.row)
-        connection.execute(
-            "INSERT OR REPLACE INTO articles (rowid, title, body) VALUES (?, ?, ?)",
-            [number, change.row["title"], change.row["body"]],
-        )
+    match change.operation:
+        case "truncate":
+            connection.execute("DELETE FROM articles")
+        case "delete":
+            connection.execute("DELETE FROM articles WHERE rowid = ?", [change.key["id"]])
+        case "insert":
+            refuse_giants(change)
+            connection.execute(
+                "INSERT OR REPLACE INTO articles (rowid, title, body) VALUES (?, ?, ?)",
+                [change.key["id"], change.row["title"], change.row["body"]],
+            )
+        case "update":
+            refuse_giants(change)
+            for column in {"title", "body"} & change.row.keys():
+                connection.execute(
+                    f"UPDATE articles SET {column} = ? WHERE rowid = ?",
+                    [change.row[column], change.key["id"]],
+                )
+
+
+def refuse_giants(change: Change) -> None:
+    if len(change.row.get("body", "")) > MAX_CHARACTERS:
+        raise ValueError("the body is too long for the index")

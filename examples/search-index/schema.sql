@@ -1,5 +1,5 @@
 CREATE TABLE articles (
-    id bigint PRIMARY KEY,
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     title text NOT NULL,
     body text NOT NULL
 );

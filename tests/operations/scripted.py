@@ -20,7 +20,7 @@ from psycopg import sql
 
 from tests.operations.endpoint import Behaviour
 from tests.operations.rig import PASSWORD, ROLE, Rig
-from tests.postgres import wait_until
+from tests.postgres import Database, wait_until
 from tests.proxy import Direction, Which
 from walstream.decoder import START_OPTIONS
 from walstream.errors import EX_CONFIG, EX_OK
@@ -221,12 +221,15 @@ def the_role_may_not_connect_for_a_while(rig: Rig, chance: random.Random) -> Non
 @fault(cards=1)
 def the_database_takes_no_connections_for_a_while(rig: Rig, chance: random.Random) -> None:
     """As before it is renamed or copied."""
-    rig.execute(f'ALTER DATABASE "{rig.database.name}" ALLOW_CONNECTIONS false')
-    try:
-        rig.proxy.cut()
-        _pause(chance, 0.1, 0.6)
-    finally:
-        rig.execute(f'ALTER DATABASE "{rig.database.name}" ALLOW_CONNECTIONS true')
+    alter = f'ALTER DATABASE "{rig.database.name}" ALLOW_CONNECTIONS '
+    rig.execute("SELECT 1")  # connected, for what comes next must not have to connect
+    with Database(rig.cluster.conninfo()) as elsewhere:
+        elsewhere.execute(alter + "false")
+        try:
+            rig.proxy.cut()
+            _pause(chance, 0.1, 0.6)
+        finally:
+            elsewhere.execute(alter + "true")
 
 
 @fault(cards=1)

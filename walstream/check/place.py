@@ -158,17 +158,21 @@ async def _file(site: Site, sink: FileSinkConfig) -> Outcome:
         return ok(f"{path}, which the first start makes")
     if not stat.S_ISREG(path.stat().st_mode):
         return problem(f"{path} is not a regular file", "-- name another path")
-    holders = list(_lock_holders(path))
-    if not holders:
+    return await _locked(site, path)
+
+
+async def _locked(site: Site, path: Path) -> Outcome:
+    """Look who writes to a file; when somebody streams, it is taken for the same process."""
+    holder = next(_lock_holders(path), None)
+    if holder is None:
         return ok(str(path))
-    if not site.lacks("catalog", "slot"):
-        status = await slot_status(site.catalog, site.slot_name)
-        if not status.active:
-            return problem(
-                f"PID {holders[0]} has locked {path}, and nobody streams from the slot",
-                f"-- end PID {holders[0]}, or give each process a file of its own",
-            )
-    return ok(f"{path}, which PID {holders[0]} writes to now")
+    is_known = not site.lacks("catalog", "slot")
+    if is_known and not (await slot_status(site.catalog, site.slot_name)).active:
+        return problem(
+            f"PID {holder} has locked {path}, and nobody streams from the slot",
+            f"-- end PID {holder}, or give each process a file of its own",
+        )
+    return ok(f"{path}, which PID {holder} writes to now")
 
 
 def _webhook(name: str, sink: WebhookSinkConfig) -> Outcome:
