@@ -24,10 +24,12 @@ from pydantic_core import PydanticUndefined
 
 from tests.postgres import Database
 from walstream import Change, Walstream, WalstreamError, config, errors
+from walstream.backoff import Backoff
 from walstream.cli import app
 from walstream.config import Config
 from walstream.grammar import Operator
 from walstream.projection import MaskKind
+from walstream.recovery import SERVER_FAILURES, Action, Pauses, decide
 
 ROOT: Final = Path(__file__).parent.parent
 DOCUMENTS: Final = [
@@ -548,6 +550,71 @@ def test_the_log_line_shown_is_one_of_ours() -> None:
     first, second, third, *keys = line
     assert [first, second, third] == ["timestamp", "level", "event"]
     assert logged_events()[line["event"]] == (line["level"], set(keys))
+
+
+# ---- Operations
+
+DONE: Final = {
+    "connects again": Action.CONNECT,
+    "stands by": Action.STAND_BY,
+    "leaves the server alone": Action.LEAVE_ALONE,
+    "ends": Action.STOP,
+}
+
+ENDS: Final = (
+    errors.Unavailable,
+    errors.SetupError,
+    errors.DeliveryError,
+    errors.StreamBroken,
+)
+
+
+def documented_decisions() -> dict[tuple[str, bool], tuple[Action, str, str]]:
+    """By an error's name, and whether it has come often: what is done, the exit code, and why."""
+    found = {}
+    for ended, does, _, exit_code, sentence in tables(
+        "docs/operations.md", "what ended the session"
+    ):
+        is_frequent = "time at one position" in ended
+        for name in code(ended):
+            found[name, is_frequent] = (DONE[does], exit_code, sentence)
+    return found
+
+
+def test_what_ends_a_session_is_decided_as_documented() -> None:
+    """Each error is as its own row says, or as that of the nearest group it belongs to."""
+    assert SERVER_FAILURES == 3, "the third time, says the page"
+    documented = documented_decisions()
+    pauses = Pauses(Backoff(1.0, 1.0), 1.0, 1.0)
+    for name, kind in inspect.getmembers(errors, inspect.isclass):
+        if not issubclass(kind, ENDS):
+            continue
+        lineage = [one.__name__ for one in kind.__mro__]
+        for failures in (1, SERVER_FAILURES):
+            decision = decide(kind.__new__(kind), failures, pauses)
+            code_there = str(kind.exit_code) if decision.action is Action.STOP else ""
+            rows = [(one, often) for one in lineage for often in (failures > 1, False)]
+            nearest = next(documented[row] for row in rows if row in documented)
+            assert nearest == (decision.action, code_there, decision.sentence), (name, failures)
+
+
+def test_operations_names_what_there_is() -> None:
+    """Its metrics, log events, errors and configuration keys are those of the reference pages."""
+    text = _FENCED.sub("", text_of("docs/operations.md"))
+    metrics = {code(row[0])[0] for row in tables("docs/metrics-and-health.md", "metric", "type")}
+    sections = "|".join(Config.model_fields)
+    for named in code(text):
+        metric = re.fullmatch(r"((?:walstream|process)_\w+)(?:\{.*\})?", named)
+        if metric:
+            assert metric[1] in metrics, named
+        elif re.fullmatch(rf"(?:{sections})\.\w+", named):
+            assert named in documented_keys(), named
+        elif re.match(r"(?:[A-Z][a-z0-9]+){2,}\b", named):
+            [error] = re.findall(r"^\w+", named)
+            assert hasattr(errors, error), named
+    shown = re.findall(r'"event":"(\w+)"', text_of("docs/operations.md"))
+    assert shown
+    assert set(shown) <= set(logged_events())
 
 
 # ---- Between the documents

@@ -63,6 +63,13 @@ class Restarted(CommandLine):
     def pretend(self, **changes: object) -> None:
         self.state.write_text(json.dumps(self.recorded() | changes))
 
+    def confirmed(self) -> int:
+        ((position,),) = self.database.execute(
+            "SELECT confirmed_flush_lsn - '0/0' FROM pg_replication_slots WHERE slot_name = %s",
+            self.slot,
+        )
+        return int(position)
+
     def drop_slot(self) -> None:
         self.database.execute("SELECT pg_drop_replication_slot(%s)", self.slot)
 
@@ -108,13 +115,40 @@ def test_another_server_or_an_older_copy_is_refused(
     assert says in refused.stderr
 
 
-def test_a_slot_that_was_advanced_by_hand_is_told_and_goes_on(service: Restarted) -> None:
+def test_a_slot_that_was_made_anew_is_refused(service: Restarted) -> None:
+    """It stands beyond what was confirmed, and what was committed in between is missing."""
+    service.stream_one(1)
+    service.drop_slot()
+    service.insert(2)
+    assert service.run("slot", "create").returncode == 0
+    refused = service.run("run")
+    assert refused.returncode == EX_CONFIG
+    assert f"SlotLost: the slot {service.slot} stands at" in refused.stderr
+    service.stream_one(3, "--accept-gap")
+    service.stream_one(4)
+    assert service.ids() == [1, 3, 4]
+
+
+def test_a_slot_that_was_advanced_by_walstreams_own_command_goes_on(service: Restarted) -> None:
+    service.stream_one(1)
+    service.insert(2)
+    assert service.run("slot", "advance", "now").returncode == 0
+    service.stream_one(3)
+    assert service.ids() == [1, 3]
+
+
+def test_what_another_process_of_the_same_service_has_confirmed_is_no_gap(
+    service: Restarted,
+) -> None:
     service.stream_one(1)
     service.insert(2)
     ((position,),) = service.database.execute("SELECT pg_current_wal_lsn()::text")
     service.database.execute("SELECT pg_replication_slot_advance(%s, %s)", service.slot, position)
+    assert service.run("run", "--until", "now").returncode == EX_CONFIG
+    service.environment["WALSTREAM_SLOT_SHARED"] = "true"
     service.stream_one(3)
-    assert [line["confirmed_flush_lsn"] for line in service.log() if line["event"] == "slot_moved"]
+    [moved] = [line for line in service.log() if line["event"] == "slot_moved"]
+    assert moved["confirmed_flush_lsn"] == position
     assert service.ids() == [1, 3]
 
 
@@ -127,6 +161,19 @@ def test_what_is_confirmed_is_recorded_also_when_the_process_is_killed(service: 
         process.kill()
     service.stream_one(2)
     assert set(service.ids()) == {1, 2}
+
+
+def test_nothing_is_confirmed_before_it_is_recorded(service: Restarted) -> None:
+    """Or a start after a kill would take the slot's own position for somebody else's."""
+    for number in range(1, 6):
+        with service.running("run") as process:
+            service.wait_for("streaming")
+            service.insert(number)
+            wait_until(lambda: service.confirmed() > 0 and service.ids()[-1:] == [number])  # noqa: B023
+            before = service.confirmed()
+            wait_until(lambda: service.confirmed() > before)  # noqa: B023
+            process.kill()
+        assert service.confirmed() <= _lsn(str(service.recorded()["flush_lsn"]))
 
 
 def _lsn(text: str) -> int:

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from tests import test_types, test_values_live
 from tests.postgres import Database
 from tests.streaming import Stream
-from tests.test_cli import CommandLine
+from tests.command_line import CommandLine
 from walstream import Change
 from walstream.catalog import Catalog
 from walstream.errors import RowInvalid, UsageError

@@ -16,6 +16,7 @@ from walstream.daemon import Daemon, Summary
 from walstream.destinations import Handler, HandlerFunction
 from walstream.errors import UsageError
 from walstream.typed import RowModel
+from walstream.vitals import Phase, Vitals
 
 Function = TypeVar("Function", bound=HandlerFunction)
 
@@ -218,6 +219,13 @@ class Walstream:
         """
         if self._daemon is not None and self._loop is not None:
             self._loop.call_soon_threadsafe(self._daemon.stop)
+
+    def vitals(self) -> Vitals:
+        """Say how it is at this moment; before and after `run` it is stopped."""
+        if self._daemon is None:
+            stopped, slot_name = Phase.STOPPED, ""
+            return Vitals(stopped, 0.0, slot_name, is_ready=False, is_alive=True)
+        return self._daemon.vitals()
 
     @property
     def is_ready(self) -> bool:

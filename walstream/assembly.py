@@ -78,7 +78,7 @@ class Assembly:
             self.catalog, self.targets = before.catalog, before.targets
             return
         self.catalog = Catalog(
-            config.postgres.catalog_dsn(),
+            config.postgres.catalog_dsn,
             application_name=f"{config.postgres.application_name} catalog"[:63],
         )
         self.targets = _targets(config, [handler for _, handler in handlers], replaying=replaying)

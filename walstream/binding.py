@@ -13,7 +13,7 @@ from walstream.catalog import Catalog
 from walstream.changes import Begin, Change, Commit, Layout, Message, Relation
 from walstream.decoder import Decoder, UnknownLayout, question_of
 from walstream.errors import DecodeError, FilterError
-from walstream.filters import Literal
+from walstream.filters import Literal, columns
 from walstream.router import MessageRoute, Route, Router
 from walstream.values import UnknownLabel
 
@@ -156,7 +156,20 @@ class Binding:
                 self._report_unfit(route, layout.relation, error)
             else:
                 fitting.add(route)
+                self._report_missing_columns(route, layout)
         self._router.bind(layout, fitting, normalised)
+
+    def _report_missing_columns(self, route: Route, layout: Layout) -> None:
+        """Log that a named table has lost a column of its route's filter since the start.
+
+        Tables that a pattern covers may well not have it.
+        """
+        if route.where is None or route.pattern.relation is None:
+            return
+        missing = sorted(columns(route.where) - layout.columns.keys())
+        if missing:
+            error = FilterError(f"there is no column {', '.join(map(repr, missing))} any more")
+            self._report_unfit(route, layout.relation, error)
 
     def _report_unfit(self, route: Route, relation: Relation, error: FilterError) -> None:
         """Log once that a table which a pattern covers cannot be filtered: its changes are dropped.

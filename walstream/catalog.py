@@ -7,7 +7,7 @@ in the session, settings that matter are set inside of the transaction that need
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -86,7 +86,6 @@ class Server(msgspec.Struct, frozen=True):
     in_recovery: bool
     encoding: str
     flush_lsn: Lsn
-    wal_sender_timeout_seconds: float
 
 
 Query: TypeAlias = sql.SQL | bytes
@@ -95,7 +94,14 @@ Query: TypeAlias = sql.SQL | bytes
 class Catalog:
     """Answers questions about the database, and remembers its types."""
 
-    def __init__(self, dsn: str, *, application_name: str) -> None:
+    def __init__(self, dsn: str | Callable[[], str], *, application_name: str) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            dsn: a connection string, or what says it anew for each connection: a file that holds
+                it may change while the process runs.
+            application_name: what ``pg_stat_activity`` shows.
+        """
         self._dsn = dsn
         self._application_name = application_name
         self._connection: AsyncConnection[TupleRow] | None = None
@@ -143,7 +149,7 @@ class Catalog:
     async def server(self) -> Server:
         """Ask for the server's facts."""
         (row,) = await self.rows(_SERVER)
-        return Server(row[0], row[1], row[2], row[3], Lsn.parse(row[4]), float(row[5]))
+        return Server(row[0], row[1], row[2], row[3], Lsn.parse(row[4]))
 
     async def system_identifier(self) -> str:
         """Return the cluster's identifier, as a replication connection tells it too."""
@@ -312,7 +318,8 @@ class Catalog:
                         return await self._run(self._connection, query, parameters)
                 except psycopg.OperationalError:
                     await self.close()
-            self._connection = await connect(self._dsn, application_name=self._application_name)
+            dsn = self._dsn if isinstance(self._dsn, str) else self._dsn()
+            self._connection = await connect(dsn, application_name=self._application_name)
             with impatient(self._connection, seconds):
                 return await self._run(self._connection, query, parameters)
 
@@ -353,8 +360,7 @@ _SERVER: Final = sql.SQL(
            pg_is_in_recovery(),
            pg_encoding_to_char(encoding),
            CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
-                ELSE pg_current_wal_flush_lsn() END::text,
-           (SELECT setting::float / 1000 FROM pg_settings WHERE name = 'wal_sender_timeout')
+                ELSE pg_current_wal_flush_lsn() END::text
       FROM pg_database
      WHERE datname = current_database()
     """

@@ -154,12 +154,18 @@ class PostgresConfig(_Section):
 class SlotConfig(_Section):
     """The replication slot. ``create`` makes it when it is not there.
 
-    ``failover`` makes it one that standbys keep a copy of (PostgreSQL 17 and later).
+    ``failover`` makes it one that standbys keep a copy of (PostgreSQL 17 and later). ``shared``
+    says that other processes of the same service stream from it, too: what they have confirmed
+    counts, and a slot that they have moved is no gap.
     """
 
     name: str = Field("walstream", pattern=r"^[a-z0-9_]{1,63}$")
     create: bool = False
     failover: bool = False
+    shared: bool = False
+
+
+_WARN_AT_BYTES: Final = 10 << 30
 
 
 class RetainedWalConfig(_Section):
@@ -171,9 +177,23 @@ class RetainedWalConfig(_Section):
     changes.
     """
 
-    warn_at_bytes: Bytes | None = 10 << 30
+    warn_at_bytes: Bytes | None = _WARN_AT_BYTES
     stop_at_bytes: Bytes | None = None
     drop_slot_at_bytes: Bytes | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warns_in_time(cls, content: Any) -> Any:
+        """Let the default give way to a lower limit."""
+        if not isinstance(content, Mapping) or "warn_at_bytes" in content:
+            return content
+        limits = [content.get("stop_at_bytes"), content.get("drop_slot_at_bytes")]
+        try:
+            given = [size for size in map(_in_bytes, limits) if isinstance(size, int)]
+        except ValueError:
+            return content  # told of the key itself
+        lower = min([_WARN_AT_BYTES, *(size * 4 // 5 for size in given if size > 1)])
+        return {**content, "warn_at_bytes": lower}
 
     @model_validator(mode="after")
     def _ascends(self) -> Self:
@@ -184,9 +204,8 @@ class RetainedWalConfig(_Section):
         ]
         for (lower, less), (higher, more) in itertools.pairwise(limits):
             if less >= more:
-                default = "" if lower in self.model_fields_set else ", the default"
                 raise ValueError(
-                    f"found {higher} = {more}; allowed: more than {lower}, which is {less}{default}"
+                    f"found {higher} = {more}; allowed: more than {lower}, which is {less}"
                 )
         return self
 

@@ -139,6 +139,16 @@ class ReplicationConnection:
         row = await self._row("IDENTIFY_SYSTEM")
         return SystemIdentity(row[0], int(row[1]), Lsn.parse(row[2]), row[3])
 
+    async def wal_sender_timeout_seconds(self) -> float:
+        """Ask after how much silence of ours this walsender ends; 0 for never.
+
+        Another session's may differ: it can be set for a role, a database, or in the dsn.
+        """
+        (seconds,) = await self._row(
+            "SELECT setting::float8 / 1000 FROM pg_settings WHERE name = 'wal_sender_timeout'"
+        )
+        return float(seconds)
+
     async def timeline_history(self, timeline: int) -> tuple[tuple[int, Lsn], ...]:
         """Ask which timelines a timeline goes on from, and where each of them was left.
 
@@ -338,7 +348,10 @@ class ReplicationConnection:
         translated = server_error(error, replication=True)
         if isinstance(translated, SetupError):
             return translated
-        return ConnectionLost(f"the connection was cut: {' '.join(str(error).split())}")
+        text = " ".join(str(error).split())
+        if "server closed the connection unexpectedly" in text:
+            return ConnectionLost("the server closed the connection without a word")
+        return ConnectionLost(f"the connection was cut: {text}")
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()

@@ -29,6 +29,7 @@ from walstream.decoder import Decoder
 from walstream.delivery import Delivery
 from walstream.destinations import Sink
 from walstream.errors import (
+    ChangeUnsendable,
     ConnectionLost,
     RetainedWalExceeded,
     RoutesChanged,
@@ -62,6 +63,9 @@ from walstream.stream import (
 from walstream.vitals import LostCount, Phase, RouteVitals, Vitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
+
+SOON_SECONDS: Final = 1.0
+"""What has stood still for less is nothing to talk about."""
 
 PROBE_SECONDS: Final = 1.0
 """How often a server that shuts down is looked at: it may only have ended our connection."""
@@ -180,6 +184,7 @@ class Daemon:
         self._phase, self._phase_since, self._reason = Phase.CONNECTING, time.monotonic(), ""
         self._caught_up_at = time.time()
         self._letters: int | None = None
+        self._sinks_are_open = False
 
     # What others ask and tell
 
@@ -299,10 +304,10 @@ class Daemon:
             slot_name=self._config.slot.name,
             is_ready=self._phase is Phase.STREAMING
             and stalled_seconds < stream.stalled_after_seconds,
-            is_alive=self._stalled_delivery(now)[0] < stream.stuck_after_seconds,
+            is_alive=self._stuck_seconds(now) < stream.stuck_after_seconds,
             reason=self._reason,
             stalled_seconds=stalled_seconds,
-            stalled_because=stalled_because,
+            stalled_because="" if stalled_seconds < SOON_SECONDS else stalled_because,
             received_lsn=received_lsn,
             flush_lsn=self.flush_lsn,
             server_lsn=server_lsn,
@@ -337,19 +342,39 @@ class Daemon:
         session = self._session
         if session is None or self._phase is not Phase.STREAMING:
             return 0.0, ""
-        causes = [self._stalled_delivery(now)]
         silent_seconds = session.silent_seconds
-        if silent_seconds > ANSWER_SECONDS:
-            causes.append((silent_seconds, "the server says nothing, although it was asked"))
+        causes = [
+            self._stalled_delivery(now),
+            (session.asking_seconds, "the catalog does not say what a table looks like"),
+            (
+                silent_seconds if silent_seconds > ANSWER_SECONDS else 0.0,
+                "the server says nothing, although it was asked",
+            ),
+        ]
         return max(causes)
 
     def _stalled_delivery(self, now: float) -> tuple[float, str]:
         """Say how long a destination, or the watermark, has stood still, and why."""
-        causes = [self._delivery.stalled(now)]
-        if self._session is not None:
-            seconds = self._session.standstill_seconds(now)
-            causes.append((seconds, "changes wait, and the watermark stands still"))
-        return max(causes)
+        seconds, because = self._delivery.stalled(now)
+        if self._session is None:
+            return seconds, because
+        longest = max(seconds, self._session.standstill_seconds(now))
+        if seconds < longest / 2:  # what a destination does not explain; both begin about together
+            because = "changes wait, and the watermark stands still"
+        return longest, because
+
+    def _stuck_seconds(self, now: float) -> float:
+        """Say how long something has stood still that a new process would do anew.
+
+        That is a call that does not end, or a watermark that no destination explains. What is tried
+        again and again is moving: a restart would try the same.
+        """
+        held, session = self._delivery.held, self._session
+        if held is not None:
+            return now - held.since
+        if session is None or self._delivery.stalled(now)[0]:
+            return 0.0
+        return session.standstill_seconds(now)
 
     def _lag_seconds(self) -> float:
         """Return the age of the oldest change that is not acknowledged, by the server's clock."""
@@ -379,8 +404,6 @@ class Daemon:
                 )
             if self._parking is not None:
                 await self._parking.open()
-            for sink in self._assembly.sinks:
-                await sink.open()
             await self._source.prepare()
             await self._stream_in_company()
         self._enter(Phase.STOPPED)
@@ -415,7 +438,7 @@ class Daemon:
     def _companions(self) -> list[Coroutine[Any, Any, None]]:
         companions = [self._count_letters()]
         if not self._is_temporary:
-            companions += [self._watch_slot(), self._record()]
+            companions.append(self._watch_slot())
         return companions
 
     async def _watch_slot(self) -> None:
@@ -423,12 +446,6 @@ class Daemon:
             await self._slot_watch.run()
         except RetainedWalExceeded as exceeded:
             self.stop(because=exceeded)
-
-    async def _record(self) -> None:
-        """Write down what is confirmed."""
-        while True:
-            await asyncio.sleep(RECORD_SECONDS)
-            await self._source.record(self.flush_lsn)
 
     async def _count_letters(self) -> None:
         while True:
@@ -452,7 +469,6 @@ class Daemon:
                 await self._wait_out(reason, decision)
             else:
                 break
-        await self._source.record(self.flush_lsn)
         if isinstance(self._failure, RetainedWalExceeded) and self._failure.drop:
             await self._slot_watch.drop()
 
@@ -537,6 +553,7 @@ class Daemon:
         async with self._source.streaming(self.router, everything=everything) as started:
             if self._until_now and self._until is None:
                 self._until = started.server.flush_lsn
+            await self._open_sinks()
             await self._open_targets(started)
             self._acknowledger = Acknowledger(started.confirmed)
             self._delivery.attach(self._acknowledger)
@@ -568,6 +585,13 @@ class Daemon:
         finally:
             beating.cancel()
 
+    async def _open_sinks(self) -> None:
+        """Open them once the slot is ours: a process that stands by leaves files to the other."""
+        if not self._sinks_are_open:
+            for sink in self._assembly.sinks:
+                await sink.open()
+            self._sinks_are_open = True
+
     async def _open_targets(self, started: Started) -> None:
         for target in self._assembly.targets.values():
             # Asked now that the slot is ours: whoever had it before records nothing any more.
@@ -588,12 +612,13 @@ class Daemon:
             self._delivery,
             self._acknowledger,
             self._counts,
-            check_routes=partial(self._check_pushed_down, started),
+            check_routes=partial(self._check_routes, started),
+            record=self._source.record,
             on_message=None if self._heartbeat is None else self._heartbeat.received,
             drain_seconds=stream.drain_seconds,
             release_after_seconds=stream.release_after_seconds,
             receive_timeout_seconds=stream.receive_timeout_seconds,
-            status_interval_seconds=_status_interval(started.server.wal_sender_timeout_seconds),
+            status_interval_seconds=_status_interval(started.wal_sender_timeout_seconds),
             until=self._until,
         )
 
@@ -610,16 +635,17 @@ class Daemon:
             recorder=self._recorder,
         )
 
-    async def _check_pushed_down(self, started: Started) -> None:
+    async def _check_routes(self, started: Started) -> None:
         """End the session when a routed table has become a partitioned one.
 
         The server was asked for the table alone and does not send its partitions.
         """
         try:
             now = await self._pushed_down(self.router)
+            await self._source.note_missing(self.router)
         except WalstreamError:
             return  # asked again soon; the stream itself shows how the server is
-        if now != started.pushed_down:
+        if not started.pushed_down.includes(now):
             log.error(
                 "routed_table_partitioned",
                 since=str(self.flush_lsn),
@@ -641,7 +667,7 @@ class Daemon:
         self._next = _Reload(config, assembly, adopted)
         session, started = self._session, self._started
         if session is not None and started is not None:
-            if await self._pushed_down(assembly.router) == started.pushed_down:
+            if started.pushed_down == await self._pushed_down(assembly.router):
                 session.exchange(partial(self._exchange, started))
                 await asyncio.wait([adopted], timeout=self._config.stream.drain_seconds)
             if not adopted.done():
@@ -679,7 +705,8 @@ class Daemon:
             parking = new.parking()
             if parking is not None:
                 await parking.open()
-        await exchange_sinks(self._assembly.sinks, new.sinks)
+        if self._sinks_are_open:
+            await exchange_sinks(self._assembly.sinks, new.sinks)
         new.router.adopt_counts(self.router)
         delivery = new.delivery(parking)
         delivery.adopt(self._delivery)
@@ -701,8 +728,6 @@ ANSWER_SECONDS: Final = 2 * ASK_SECONDS
 COUNT_SECONDS: Final = 10.0
 """How often the dead letters are counted."""
 
-RECORD_SECONDS: Final = 1.0
-"""How often it is written down what is confirmed."""
 
 _ROUTES_CHANGED: Final = "the routes were reloaded and need other tables: streaming anew"
 
@@ -711,11 +736,12 @@ def _at_position(reason: WalstreamError, failures: int, flush_lsn: Lsn) -> Walst
     """Say of a failure of the server that it comes again and again, and how to get past it."""
     if not isinstance(reason, ServerFailed) or failures < SERVER_FAILURES:
         return reason
-    return ServerFailed(
-        f"{reason.message}; so it ended {failures} times in a row, each time after {flush_lsn}",
+    return ChangeUnsendable(
+        f"{reason.message}; so the stream ended {failures} times in a row, each time after"
+        f" {flush_lsn}",
         hint="what follows that position cannot be sent, such as a row that is too large for"
-        " wal2json: route other tables by name, so that this one is not asked for, or give the"
-        " transaction up with walstream slot advance --to <LSN behind it>",
+        " wal2json: route other tables by name, so that this one is not asked for; or give the"
+        ' transaction up, as docs/operations.md says under "a row too large"',
     )
 
 

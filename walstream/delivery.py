@@ -148,6 +148,16 @@ class Delivery:
         """
         return max((outlet.stalled(now) for outlet in self._outlets.values()), default=(0.0, ""))
 
+    @property
+    def calls_ended(self) -> int:
+        """How many calls have ended, of all destinations."""
+        return sum(outlet.calls_ended for outlet in self._outlets.values())
+
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether changes wait for a batch to be full, as their handler wishes."""
+        return any(outlet.waits_for_batch for outlet in self._outlets.values())
+
     def destinations(self) -> tuple[DestinationVitals, ...]:
         """Say how each destination is; those of one name together."""
         by_name: dict[str, list[Outlet]] = {}

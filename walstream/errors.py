@@ -17,6 +17,7 @@
     │   ├── SlotUnfit               the slot belongs to another database or output plugin
     │   ├── SlotLost                the slot exists and can never stream again: changes are lost
     │   ├── HistoryForked           the server's history parts from what was confirmed
+    │   ├── ChangeUnsendable        the server fails at the same position each time
     │   ├── RetainedWalExceeded     the slot retains more WAL than the configuration allows
     │   ├── ProgressUnfit           what a transactional route has recorded is of another source
     │   └── ServerProgramsMissing   a private cluster was asked for and PostgreSQL is not installed
@@ -146,6 +147,10 @@ class SlotLost(SetupError):
 
 class HistoryForked(SetupError):
     """The server does not know what was confirmed: it was restored, or promoted too early."""
+
+
+class ChangeUnsendable(SetupError):
+    """The server fails at the same position each time: what follows it cannot be decoded."""
 
 
 class RetainedWalExceeded(SetupError):

@@ -29,7 +29,8 @@ class Standing(msgspec.Struct, frozen=True):
 
     ``flush_lsn`` is how far its WAL goes, ``slot_lsn`` what the slot has confirmed, None when there
     is no slot. ``history`` lists the timelines that the current one goes on from, and where each
-    was left; it is needed only when the timeline has changed.
+    was left; it is needed only when the timeline has changed. ``others_stream`` says that other
+    processes of the same service move the slot, too.
     """
 
     systemid: str
@@ -37,15 +38,15 @@ class Standing(msgspec.Struct, frozen=True):
     flush_lsn: Lsn
     slot_lsn: Lsn | None
     in_recovery: bool = False
+    others_stream: bool = False
     history: Sequence[tuple[int, Lsn]] = ()
 
 
 def verify(last: Lineage, now: Standing, slot: str) -> None:
     """Refuse a server on which going on would leave a gap, or follow another history.
 
-    A slot that stands behind what was confirmed is no reason: after a crash of the server changes
-    come again. One that stands ahead of it on the same timeline was moved by somebody who may: a
-    second process of the same service, or ``walstream slot advance``.
+    A slot that stands behind what was confirmed is no reason: after a restart of the server changes
+    may come again. One that stands ahead of it was moved by somebody else, or made anew.
 
     Args:
         last: what was confirmed last.
@@ -64,13 +65,19 @@ def verify(last: Lineage, now: Standing, slot: str) -> None:
             hint=f"check the dsn; if it is the right one, {_ACCEPT}",
         )
     if now.timeline != last.timeline:
-        _verify_timeline(last, now, slot)
+        _verify_timeline(last, now)
     if now.slot_lsn is None:
         raise SlotLost(
             f"the slot {slot} was there and is gone: changes since {last.flush_lsn} are missing",
-            hint="somebody dropped it, or this is another server after a failover; walstream slot"
-            f" create makes it again, what is missing has to be brought over by other means;"
-            f" {_ACCEPT}",
+            hint="somebody dropped it, or this is another server after a failover; bring over what"
+            f" is missing by other means, make it again with walstream slot create; {_ACCEPT}",
+        )
+    if now.slot_lsn > last.flush_lsn and not now.others_stream:
+        raise SlotLost(
+            f"the slot {slot} stands at {now.slot_lsn}, and {last.flush_lsn} was confirmed last:"
+            " what was committed in between did not come through here",
+            hint="it was made anew, advanced, or another process has streamed from it (shared ="
+            f" true under [slot] says that others may); bring over what is missing; {_ACCEPT}",
         )
     if now.flush_lsn < last.flush_lsn:
         if now.in_recovery:
@@ -84,7 +91,7 @@ def verify(last: Lineage, now: Standing, slot: str) -> None:
         )
 
 
-def _verify_timeline(last: Lineage, now: Standing, slot: str) -> None:
+def _verify_timeline(last: Lineage, now: Standing) -> None:
     """Refuse a timeline that does not go on from what was confirmed."""
     left_at = dict(now.history).get(last.timeline)
     if now.timeline < last.timeline or left_at is None:
@@ -98,14 +105,6 @@ def _verify_timeline(last: Lineage, now: Standing, slot: str) -> None:
             f"the server went on from timeline {last.timeline} at {left_at}, and {last.flush_lsn}"
             " was confirmed: the last changes that were delivered are not in this database",
             hint=f"the promoted standby had not received them; {_ACCEPT}",
-        )
-    if now.slot_lsn is not None and now.slot_lsn > last.flush_lsn:
-        raise SlotLost(
-            f"the slot {slot} stands at {now.slot_lsn} on timeline {now.timeline}, and"
-            f" {last.flush_lsn} was confirmed on timeline {last.timeline}: changes in between are"
-            " missing",
-            hint="the slot was made anew after the failover; bring what is missing over by other"
-            f" means, and {_ACCEPT}",
         )
 
 

@@ -45,6 +45,8 @@ def configure(level: str = "info", log_format: Format = "auto") -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+    # What psycopg warns about is told by our own events; as bare lines it would tear the JSON.
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())
 
 
 def _in_order(

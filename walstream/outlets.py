@@ -179,6 +179,7 @@ class Outlet(ABC):
         self._has_let_go = False
         self._dropped_from: Lsn | None = None
         self._running: set[asyncio.Task[None]] = set()
+        self.waits_for_batch = False
 
     def adopt(self, before: Outlet) -> None:
         """Take over from the outlet that led to the same destination before a reload.
@@ -241,6 +242,11 @@ class Outlet(ABC):
         kind = "handler" if isinstance(self.destination, Handler) else "sink"
         note = f" ({delay.note})" if delay.note else ""
         return seconds, f"{kind} {self.name} has held {_what(delay.item)} for {seconds:.0f} s{note}"
+
+    @property
+    def calls_ended(self) -> int:
+        """How many calls have ended: what is taken is told for several calls together."""
+        return sum(self.clock.counts)
 
     @property
     def waiting(self) -> int:
@@ -374,11 +380,15 @@ class Outlet(ABC):
 
     async def _linger(self) -> None:
         """Wait for the rest of a batch, as long as the handler wants to."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._options.linger_seconds):
-                while not self._has_batch:
-                    self._news.clear()
-                    await self._news.wait()
+        self.waits_for_batch = True
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.linger_seconds):
+                    while not self._has_batch:
+                        self._news.clear()
+                        await self._news.wait()
+        finally:
+            self.waits_for_batch = False
 
     @property
     def _has_batch(self) -> bool:

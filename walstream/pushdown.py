@@ -43,6 +43,12 @@ class PushedDown(msgspec.Struct, frozen=True):
             options["add-tables"] = ",".join(sorted(map(_table_option, self.tables)))
         return options
 
+    def includes(self, other: PushedDown) -> bool:
+        """Whether the server sends all that it would have to send for the other."""
+        return self.operations in (None, other.operations) and (
+            self.tables is None or (other.tables is not None and other.tables <= self.tables)
+        )
+
     def sends(self, relation: Relation, operation: Operation) -> bool:
         """Whether the server sends such a change."""
         return (self.operations is None or operation in self.operations) and (

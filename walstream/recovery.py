@@ -81,7 +81,7 @@ def decide(  # noqa: PLR0911 - one table
             return Decision(
                 Action.LEAVE_ALONE,
                 pauses.after_shutdown_seconds,
-                "the server is left alone while it shuts down, then connected to again",
+                "it is asked each second whether it is back, and connected to when it is",
             )
         case Unavailable():
             return Decision(

@@ -14,10 +14,11 @@ import msgspec
 import structlog
 
 from walstream.catalog import Catalog, Server
+from walstream.changes import Relation
 from walstream.config import Config
 from walstream.connection import ReplicationConnection, SystemIdentity
 from walstream.decoder import START_OPTIONS
-from walstream.errors import PluginTooOld, SlotBusy, SlotMissing
+from walstream.errors import ConfigError, PluginTooOld, SlotBusy, SlotMissing
 from walstream.lineage import Lineage, Standing, verify
 from walstream.lsn import ZERO, Lsn
 from walstream.preflight import verify_routes, verify_server
@@ -40,9 +41,12 @@ class Started(msgspec.Struct, frozen=True):
     server: Server
     identity: SystemIdentity
     history: tuple[tuple[int, Lsn], ...]
+    wal_sender_timeout_seconds: float
     pushed_down: PushedDown
     confirmed: Lsn
 
+
+_UNFIT: Final = "other routes go on; the next start refuses this one: mend the route, or the table"
 
 _NUMBERS: Final = "numeric-data-types-as-string"
 """Came with wal2json 2.6; without it NaN and infinity in float and numeric columns are null."""
@@ -78,6 +82,9 @@ class Source:
         path = None if is_temporary else state_path(config.state.path, config.slot.name)
         self._state = None if path is None else StateFile(path, config.slot.name)
         self._accept_gap = accept_gap
+        self._others_stream = config.slot.shared
+        self._has_streamed = False
+        self._missing: set[Relation | None] = set()
         self.lineage: Lineage | None = None
 
     async def prepare(self) -> None:
@@ -93,7 +100,10 @@ class Source:
             self._state.forget()
 
     async def record(self, flush_lsn: Lsn) -> None:
-        """Note that all up to a position is confirmed."""
+        """Note, before it is confirmed, that all up to a position is taken.
+
+        After that a slot that stands beyond what is recorded was moved by others.
+        """
         if self.lineage is None or flush_lsn <= self.lineage.flush_lsn:
             return
         self.lineage = msgspec.structs.replace(self.lineage, flush_lsn=flush_lsn)
@@ -128,7 +138,7 @@ class Source:
         """
         server = await self._catalog.server()
         verify_server(server)
-        await verify_routes(self._catalog, router.routes)
+        await self._verify_routes(router)
         status = None if self._is_temporary else await self._look()
         postgres = self._config.postgres
         async with await ReplicationConnection.open(
@@ -141,14 +151,44 @@ class Source:
                 identity = await connection.identify_system()
                 history = await self._history(connection, identity)
                 await self._recognise(server, identity, history, status)
+                timeout_seconds = await connection.wal_sender_timeout_seconds()
                 pushed_down = await self.push_down(router, everything=everything)
                 await self._catalog.partitions_changed()
                 options = {**START_OPTIONS, **pushed_down.options}
                 confirmed = await self._start(connection, options, status)
                 await self._begin(identity, confirmed)
-                yield Started(connection, server, identity, history, pushed_down, confirmed)
+                yield Started(
+                    connection,
+                    server,
+                    identity,
+                    history,
+                    timeout_seconds,
+                    pushed_down,
+                    confirmed,
+                )
             finally:
                 self._connection = None
+
+    async def _verify_routes(self, router: Router) -> None:
+        """Check the routes; what has become wrong while others stream does not end those."""
+        try:
+            await verify_routes(self._catalog, router.routes)
+        except ConfigError as error:
+            if not self._has_streamed:
+                raise
+            log.error("routes_unfit", error=error.message, hint=_UNFIT)  # noqa: TRY400
+
+    async def note_missing(self, router: Router) -> None:
+        """Log routed tables that are not there any more, once each.
+
+        Raises:
+            WalstreamError: the catalog cannot be asked.
+        """
+        named = {route.pattern.relation for route in router.routes} - {None}
+        missing = named.difference(await self._catalog.tables())
+        for relation in sorted(map(str, missing - self._missing)):
+            log.error("routed_table_missing", table=relation, hint=_UNFIT)
+        self._missing = missing
 
     async def _look(self) -> SlotStatus | None:
         """Look at the slot; None when it is missing, which may be as it should be."""
@@ -168,7 +208,8 @@ class Source:
         return status
 
     def _observe(self, busy: SlotBusy) -> None:
-        """What the process that we stand by for has confirmed is confirmed for us, too."""
+        """What the process that we stand by for confirms is confirmed for us, too."""
+        self._others_stream = True
         if self.lineage is not None and busy.confirmed_flush_lsn is not None:
             flush_lsn = max(self.lineage.flush_lsn, Lsn(busy.confirmed_flush_lsn))
             self.lineage = msgspec.structs.replace(self.lineage, flush_lsn=flush_lsn)
@@ -199,6 +240,7 @@ class Source:
             flush_lsn=identity.flush_lsn,
             slot_lsn=slot_lsn,
             in_recovery=server.in_recovery,
+            others_stream=self._others_stream,
             history=history,
         )
         slot = self._config.slot.name
@@ -211,7 +253,7 @@ class Source:
                 slot=slot,
                 flush_lsn=str(last.flush_lsn),
                 confirmed_flush_lsn=str(slot_lsn),
-                hint="another process has streamed from it, or advanced it, in between",
+                hint="another process has streamed from it in between",
             )
 
     async def _begin(self, identity: SystemIdentity, confirmed: Lsn) -> None:
@@ -219,7 +261,8 @@ class Source:
         last = None if self.lineage is None else self.lineage.flush_lsn
         flush_lsn = max(confirmed, last or ZERO)
         self.lineage = Lineage(identity.systemid, identity.timeline, flush_lsn)
-        self._accept_gap = False
+        self._accept_gap, self._has_streamed = False, True
+        self._others_stream = self._config.slot.shared
         if self._state is not None:
             await self._state.record(self.lineage)
 

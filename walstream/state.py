@@ -1,12 +1,14 @@
 """The state file: which cluster and position were confirmed last, across restarts.
 
-It only helps to refuse: the slot's own record on the server says where to go on from. It is written
-without fsync, once a second at most: one that is some seconds old refuses a little less, never too
-much.
+It only helps to refuse: the slot's own record on the server says where to go on from. It is
+written, durably, before a position is confirmed, once a second at most: so a slot that stands
+beyond it was moved by somebody else. When it cannot be written it is removed, because an old one
+would refuse what is right.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Final
@@ -40,6 +42,20 @@ def state_path(configured: Path | None, slot: str) -> Path | None:
     return Path(folder, f"{slot}.json") if folder else None
 
 
+async def note_given_up(path: Path | None, slot: str, flush_lsn: Lsn) -> None:
+    """Record that somebody has given up, in so many words, what lies before a position.
+
+    Raises:
+        SetupError: the file cannot be read, or is that of another slot.
+    """
+    if path is None:
+        return
+    state = StateFile(path, slot)
+    last = await state.load()
+    if last is not None:
+        await state.record(Lineage(last.systemid, last.timeline, flush_lsn))
+
+
 class StateFile:
     """One slot's state. Two processes that stand by for each other may share it."""
 
@@ -65,6 +81,8 @@ class StateFile:
         try:
             await self._worker.call(self._write, lineage)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                await self._worker.call(self.forget)
             if not self._failed:
                 self._failed = True
                 log.error(  # noqa: TRY400 - the reason says it all
@@ -116,11 +134,24 @@ class StateFile:
         content = _Content(self._slot, lineage.systemid, lineage.timeline, str(lineage.flush_lsn))
         # Never half a file: a reader sees the old one or the new one.
         written = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
-        written.write_bytes(msgspec.json.encode(content) + b"\n")
+        with written.open("wb") as file:
+            file.write(msgspec.json.encode(content) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         written.replace(self.path)
+        _sync_folder(self.path.parent)
         self._recorded = lineage
 
     def _try_folder(self) -> None:
         probe = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
         probe.touch()
         probe.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new file's name durable too."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -18,8 +18,8 @@ import contextlib
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Final, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeAlias, TypeVar
 
 import msgspec
 import structlog
@@ -44,6 +44,8 @@ from walstream.protocol import PrimaryKeepalive, XLogData, parse, record_of, sta
 from walstream.router import Route, TablePattern
 from walstream.vitals import Standstill
 
+T = TypeVar("T")
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.stream")
 
 STATUS_INTERVAL_SECONDS: Final = 10.0
@@ -57,6 +59,9 @@ ASK_SECONDS: Final = 3.0
 
 WATCH_SECONDS: Final = 1.0
 """How often the position and the delivery are looked at."""
+
+ANSWER_SECONDS: Final = 5.0
+"""How long the catalog gets to say what a silent walsender does."""
 
 MOST_NOTICES: Final = 1000
 """How many different notices of the server are told; their texts are remembered."""
@@ -107,11 +112,12 @@ class LostChanges:
         relation = TablePattern.parse(table).relation
         if relation is None or not self._is_wanted(relation):
             return
-        self.counts[operation, table] += 1
-        if sum(count for (_, name), count in self.counts.items() if name == table) == 1:
+        name = str(relation)
+        self.counts[operation, name] += 1
+        if sum(count for (_, one), count in self.counts.items() if one == name) == 1:
             log.error(
                 "changes_lost",
-                table=table,
+                table=name,
                 operation=operation,
                 hint="Postgres does not send updates and deletes of a table without a replica"
                 f" identity: ALTER TABLE {table} REPLICA IDENTITY FULL, or give it a primary key",
@@ -131,6 +137,7 @@ class Session:
         counts: Counts,
         *,
         check_routes: Callable[[], Awaitable[None]],
+        record: Callable[[Lsn], Awaitable[None]],
         on_message: Callable[[Message], None] | None = None,
         drain_seconds: float,
         release_after_seconds: float,
@@ -149,10 +156,14 @@ class Session:
         self._status_interval_seconds = status_interval_seconds
         self._check_routes = check_routes
         self._on_message = on_message
+        self._record = record
+        self._recording: asyncio.Task[None] | None = None
+        self._recorded_lsn = acknowledger.flush_lsn
         self._until = until
         self._reached_until = False
         self._received_lsn = self._server_lsn = acknowledger.flush_lsn
         self._listening_since: float | None = None
+        self._asking_since: float | None = None
         self._standstill = Standstill()
         self._exchange: Exchange | None = None
         self._group: asyncio.TaskGroup | None = None
@@ -218,10 +229,19 @@ class Session:
         Args:
             now: monotonic seconds.
         """
-        acknowledger = self._acknowledger
+        acknowledger, delivery = self._acknowledger, self._delivery
         return self._standstill.seconds(
-            now, acknowledger.progress, has_work=acknowledger.is_waiting
+            now,
+            # What is taken is told for several calls at once; slow ones move nevertheless.
+            (acknowledger.progress, delivery.calls_ended),
+            has_work=acknowledger.is_waiting and not delivery.waits_for_batch,
         )
+
+    @property
+    def asking_seconds(self) -> float:
+        """How long the catalog has been asked about a table without an answer."""
+        since = self._asking_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def abort(self) -> None:
         """From now on confirm nothing: whoever cancels `run` then ends it as a crash would."""
@@ -236,7 +256,8 @@ class Session:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                others = [group.create_task(self._report()), group.create_task(self._watch())]
+                beside = (self._report(), self._watch(), self._refuse_silence())
+                others = [group.create_task(one) for one in beside]
                 await self._drained(group)
                 for task in others:
                     task.cancel()
@@ -354,12 +375,12 @@ class Session:
             try:
                 decoded = self._binding.decode(record)
                 if decoded is None:
-                    decoded = await self._binding.learn(record)
+                    decoded = await self._ask(self._binding.learn(record))
                 if type(decoded) is Change:
                     self._counts.changes += 1
                     routed = self._binding.route(decoded)
                     if routed is None:
-                        routed = await self._binding.route_anew(decoded)
+                        routed = await self._ask(self._binding.route_anew(decoded))
                     self._hand(routed, handed, len(data))
                 elif not self._bracket(decoded, handed):
                     break
@@ -367,6 +388,14 @@ class Session:
                 text = f"{_position(data)}: {error.message}"
                 raise DecodeError(text, hint=error.hint) from None
         return reply_requested
+
+    async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
+        """Wait for what the catalog says; `asking_seconds` tells how long."""
+        self._asking_since = time.monotonic()
+        try:
+            return await question
+        finally:
+            self._asking_since = None
 
     def _keepalive(self, message: XLogData | PrimaryKeepalive) -> bool:
         """Take a sign of life; return whether the server wants one of ours."""
@@ -425,20 +454,40 @@ class Session:
     async def _report(self) -> None:
         """Send status updates on a clock of their own; give the slot up for a stuck handler."""
         pause = min(WATCH_SECONDS, self._status_interval_seconds)
+        ask_seconds = min(ASK_SECONDS, self._receive_timeout_seconds / 3)
         sent_at, asked_at, sent_lsn = 0.0, 0.0, ZERO
         while True:
+            await self._record_taken(pause)
             now = time.monotonic()
-            flush_lsn = self._acknowledger.flush_lsn
-            asks = self.silent_seconds >= ASK_SECONDS and now - asked_at >= ASK_SECONDS
+            asks = self.silent_seconds >= ask_seconds and now - asked_at >= ask_seconds
+            is_news = self._recorded_lsn != sent_lsn
             # News is told at every look: what is not confirmed comes again after a crash.
-            if asks or flush_lsn != sent_lsn or now - sent_at >= self._status_interval_seconds:
+            if asks or is_news or now - sent_at >= self._status_interval_seconds:
                 self._send_status(reply_requested=asks)
-                sent_at, sent_lsn = now, flush_lsn
+                sent_at, sent_lsn = now, self._recorded_lsn
                 asked_at = now if asks else asked_at
             self.standstill_seconds(now)
             self._delivery.watch(now)
             self._refuse_stuck(now)
             await asyncio.sleep(pause)
+
+    async def _record_taken(self, within_seconds: float) -> None:
+        """Record what is taken: only what is recorded is confirmed.
+
+        A disk that does not answer holds up what is confirmed, and no sign of life.
+        """
+        flush_lsn = self._acknowledger.flush_lsn
+        if self._recording is None:
+            if flush_lsn == self._recorded_lsn:
+                return
+            self._recording = asyncio.create_task(self._record_up_to(flush_lsn))
+        await asyncio.wait([self._recording], timeout=within_seconds)
+        if self._recording.done():
+            self._recording = None
+
+    async def _record_up_to(self, flush_lsn: Lsn) -> None:
+        await self._record(flush_lsn)
+        self._recorded_lsn = flush_lsn
 
     def _refuse_stuck(self, now: float) -> None:
         held = self._delivery.held
@@ -459,7 +508,6 @@ class Session:
         checked_at = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            await self._refuse_silence()
             if self._acknowledger.in_flight or self._delivery.held is not None:
                 await self._notice_shutdown()
             if time.monotonic() - checked_at >= RECHECK_SECONDS:
@@ -472,16 +520,26 @@ class Session:
         A walsender that decodes what it will not send, such as millions of rows of other tables,
         is silent too. The catalog tells the difference.
         """
-        if self.silent_seconds < self._receive_timeout_seconds:
-            return
-        try:
-            is_decoding = await self._catalog.is_decoding(self._connection.backend_pid)
-        except WalstreamError:
-            is_decoding = False
-        silent_seconds = self.silent_seconds
-        if not is_decoding and silent_seconds >= self._receive_timeout_seconds:
-            self._is_cut = True  # nobody reads what would be confirmed
-            raise ConnectionLost(f"the server has not answered for {silent_seconds:.0f} seconds")
+        while True:
+            await asyncio.sleep(min(WATCH_SECONDS, self._receive_timeout_seconds / 4))
+            if self.silent_seconds < self._receive_timeout_seconds:
+                continue
+            is_decoding = await self._is_decoding()
+            silent_seconds = self.silent_seconds
+            if not is_decoding and silent_seconds >= self._receive_timeout_seconds:
+                self._is_cut = True  # nobody reads what would be confirmed
+                message = f"the server has not answered for {silent_seconds:.0f} seconds"
+                raise ConnectionLost(message)
+
+    async def _is_decoding(self) -> bool:
+        """Ask the catalog; where that does not answer either, nothing is."""
+        asking = asyncio.create_task(self._catalog.is_decoding(self._connection.backend_pid))
+        done, _ = await asyncio.wait([asking], timeout=ANSWER_SECONDS)
+        if not done:
+            self._catalog.abandon()
+            asking.cancel()
+            return False
+        return asking.exception() is None and asking.result()
 
     async def _notice_shutdown(self) -> None:
         """Stop when the server wants to shut down.
@@ -501,9 +559,8 @@ class Session:
     def _send_status(self, *, reply_requested: bool = False) -> None:
         if self._aborted or self._is_cut:
             return
-        flush_lsn = self._acknowledger.flush_lsn
         self._connection.send(
-            status_update(flush_lsn, now=time.time(), reply_requested=reply_requested)
+            status_update(self._recorded_lsn, now=time.time(), reply_requested=reply_requested)
         )
 
     async def _confirm(self) -> bool:
@@ -512,6 +569,9 @@ class Session:
             return False
         try:
             async with asyncio.timeout(FINISH_SECONDS):
+                await self._record_taken(FINISH_SECONDS)
+                if self._recorded_lsn != self._acknowledger.flush_lsn:
+                    await self._record_taken(FINISH_SECONDS)
                 self._send_status()
                 await self._connection.finish()
         except (TimeoutError, WalstreamError) as error:

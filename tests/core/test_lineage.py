@@ -23,7 +23,8 @@ def now(standing: Standing, **changes: object) -> Standing:
     [
         SAME,
         now(SAME, slot_lsn=Lsn(0x400)),  # after a crash of the server
-        now(SAME, slot_lsn=Lsn(0x800)),  # moved by a process that stands in for this one
+        now(SAME, slot_lsn=Lsn(0x800), others_stream=True),
+        now(PROMOTED, slot_lsn=Lsn(0x800), others_stream=True),
         PROMOTED,
         now(PROMOTED, slot_lsn=Lsn(0x450)),  # a synchronised slot is a little behind
         now(PROMOTED, history=((2, Lsn(0x500)),)),  # left exactly there
@@ -41,7 +42,8 @@ def test_a_continuation_is_taken(standing: Standing) -> None:
         (now(SAME, systemid="8"), SlotLost, "the cluster 8, and was 7"),
         (now(SAME, slot_lsn=None), SlotLost, "orders was there and is gone"),
         (now(PROMOTED, slot_lsn=None), SlotLost, "changes since 0/500 are missing"),
-        (now(PROMOTED, slot_lsn=Lsn(0x720)), SlotLost, "changes in between are missing"),
+        (now(SAME, slot_lsn=Lsn(0x720)), SlotLost, "stands at 0/720, and 0/500 was confirmed last"),
+        (now(PROMOTED, slot_lsn=Lsn(0x720)), SlotLost, "in between did not come through here"),
         (now(PROMOTED, history=((2, Lsn(0x4FF)),)), HistoryForked, "at 0/4FF, and 0/500 was"),
         (now(PROMOTED, history=()), HistoryForked, "does not go on from timeline 2"),
         (now(PROMOTED, timeline=1), HistoryForked, "on timeline 1, which does not go on"),

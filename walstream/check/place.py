@@ -66,10 +66,14 @@ async def _lineage(site: Site) -> Outcome | None:
 
 
 async def _standing(site: Site, last: Lineage, identity: SystemIdentity) -> Standing:
+    others_stream = site.config.slot.shared
     try:
-        slot_lsn = (await slot_status(site.catalog, site.slot_name)).confirmed_flush_lsn or ZERO
+        status = await slot_status(site.catalog, site.slot_name)
     except SlotMissing:
         slot_lsn = None
+    else:
+        slot_lsn = status.confirmed_flush_lsn or ZERO
+        others_stream = others_stream or status.active  # perhaps walstream itself
     history: tuple[tuple[int, Lsn], ...] = ()
     if identity.timeline not in {1, last.timeline}:
         history = await site.replication.timeline_history(identity.timeline)
@@ -79,6 +83,7 @@ async def _standing(site: Site, last: Lineage, identity: SystemIdentity) -> Stan
         flush_lsn=identity.flush_lsn,
         slot_lsn=slot_lsn,
         in_recovery=site.links["replication"].in_recovery,
+        others_stream=others_stream,
         history=history,
     )
 

@@ -27,6 +27,7 @@ from walstream.slots import (
     drop_slot,
     slot_status,
 )
+from walstream.state import note_given_up, state_path
 
 T = TypeVar("T")
 
@@ -130,11 +131,16 @@ def advance(
     dsn: Dsn = None,
     name: Name = None,
 ) -> None:
-    """Move the slot forward; the changes in between are given up, no handler sees them."""
+    """Move the slot forward; the changes in between are given up, no handler sees them.
 
-    async def work(_settings: Config, catalog: Catalog, slot: str) -> None:
+    Where a state file is kept, it is noted there: the next start takes it for no gap.
+    """
+
+    async def work(settings: Config, catalog: Catalog, slot: str) -> None:
         position = (await catalog.server()).flush_lsn if to == "now" else _lsn(to)
-        typer.echo(f"{slot} stands at {await advance_slot(catalog, slot, position)}")
+        position = await advance_slot(catalog, slot, position)
+        await note_given_up(state_path(settings.state.path, slot), slot, position)
+        typer.echo(f"{slot} stands at {position}")
 
     _with_catalog(config, dsn, name, work)
 
