@@ -14,11 +14,11 @@ import pytest
 
 from tests.postgres import wait_until
 from walstream.cluster import PROGRAMS_VARIABLE, ServerPrograms
-from walstream.daemon import RouteSummary, Summary
 from walstream.demo import Balance, _verify
 from walstream.demo.workload import Tally
 from walstream.errors import EX_CONFIG, EX_SOFTWARE, StreamBroken
 from walstream.lsn import ZERO, Lsn
+from walstream.summary import RouteSummary, Summary
 
 
 def start(*options: str, **environment: str) -> subprocess.Popen[str]:

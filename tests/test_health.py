@@ -390,7 +390,7 @@ def soon_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask a silent server after half a second, and wait for its answer as long."""
     monkeypatch.setattr("walstream.stream.WATCH_SECONDS", 0.1)
     monkeypatch.setattr("walstream.stream.ASK_SECONDS", 0.5)
-    monkeypatch.setattr("walstream.daemon.ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("walstream.health.ANSWER_SECONDS", 1.0)
 
 
 async def test_no_while_the_network_swallows_what_the_server_sends(

@@ -1040,7 +1040,7 @@ async def test_a_huge_number_of_keys_is_forgotten_when_it_is_done() -> None:
     [outlet] = line.delivery._outlets.values()
     assert len(recorder.calls) == line.counts.delivered == 20_000
     assert not outlet._lanes._last  # type: ignore[attr-defined]
-    assert all(slot.item is None for slot in outlet._slots)
+    assert all(slot.item is None for slot in outlet.in_hand.slots)
 
 
 async def test_a_route_of_its_own_policy_for_each_table_of_a_sink() -> None:

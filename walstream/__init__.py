@@ -3,10 +3,10 @@
 from walstream.app import Walstream
 from walstream.changes import Change, Message, Operation, Relation, Row, UnchangedValueError
 from walstream.config import Config
-from walstream.daemon import Summary
 from walstream.errors import WalstreamError
 from walstream.lsn import Lsn
 from walstream.policy import Retry
+from walstream.summary import Summary
 from walstream.typed import UNCHANGED, Unchanged
 
 __all__ = [

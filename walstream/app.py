@@ -12,9 +12,10 @@ import structlog
 from walstream import config as configuration
 from walstream import logs
 from walstream.config import CallSpec, Config, MessageSpec, RouteSpec
-from walstream.daemon import Daemon, Summary
+from walstream.daemon import Daemon
 from walstream.destinations import Handler, HandlerFunction
 from walstream.errors import UsageError
+from walstream.summary import Summary
 from walstream.typed import RowModel
 from walstream.vitals import Phase, Vitals
 

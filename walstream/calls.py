@@ -33,11 +33,12 @@ from walstream.vitals import CALL_SECONDS_BOUNDS, CallTimes
 QUICK_SECONDS: Final = CALL_SECONDS_BOUNDS[0]
 """Most calls take no longer: they are counted where they end, which costs less."""
 
-_MODULES: Final = ("calls.py", "outlets.py", "tracing.py", "transactional.py")
+_MODULES: Final = ("calls.py", "tracing.py", "transactional.py")
 _UNFINISHED: Final = (Generator, AsyncGenerator, Future)
 
 _WAY_TO_CALLS: Final = (
     *[str(Path(__file__).with_name(name)) for name in _MODULES],
+    f"{Path(__file__).with_name('outlets')}{os.sep}",
     threading.__file__,
     f"{Path(futures.__file__).parent}{os.sep}",
 )
@@ -63,11 +64,6 @@ class CallClock:
         """A call took so long."""
         self.counts[bisect_left(CALL_SECONDS_BOUNDS, seconds)] += 1
         self.total_seconds += seconds
-
-    def go_on_from(self, before: CallClock) -> None:
-        """Count on from where another one is."""
-        self.counts[:] = before.counts
-        self.total_seconds = before.total_seconds
 
     @staticmethod
     def together(clocks: Iterable[CallClock]) -> CallTimes:

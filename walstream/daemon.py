@@ -39,6 +39,7 @@ from walstream.errors import (
     WalstreamError,
 )
 from walstream.gateway import Gateway
+from walstream.health import Lag, stalled, stuck_seconds
 from walstream.heartbeat import Heartbeat
 from walstream.loop_watch import watch_loop
 from walstream.lsn import ZERO, Lsn
@@ -53,61 +54,19 @@ from walstream.router import Router
 from walstream.slot_watch import SlotWatch
 from walstream.source import Source, Started
 from walstream.stream import (
-    ASK_SECONDS,
     STATUS_INTERVAL_SECONDS,
     Counts,
     LostChanges,
     Session,
     first_failure,
 )
+from walstream.summary import DestinationSummary, RouteSummary, Summary
 from walstream.vitals import LostCount, Phase, RouteVitals, Vitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
 
-SOON_SECONDS: Final = 1.0
-"""What has stood still for less is nothing to talk about."""
-
 PROBE_SECONDS: Final = 1.0
 """How often a server that shuts down is looked at: it may only have ended our connection."""
-
-
-class RouteSummary(msgspec.Struct, frozen=True):
-    """What became of one route's changes."""
-
-    name: str
-    matched: int
-    filtered: int
-    absent: int
-
-
-class DestinationSummary(msgspec.Struct, frozen=True):
-    """What became of the changes that were handed to one handler or sink.
-
-    ``delivered`` were taken, ``skipped`` given up, ``dead_lettered`` and ``parked`` are in the
-    dead-letter store, ``redelivered`` were recognised as done before by a transactional handler.
-    """
-
-    name: str
-    delivered: int
-    retries: int
-    skipped: int
-    dead_lettered: int
-    parked: int
-    redelivered: int
-
-
-class Summary(msgspec.Struct, frozen=True):
-    """What a run has done."""
-
-    transactions: int
-    changes: int
-    delivered: int
-    retries: int
-    sessions: int
-    lost: int
-    flush_lsn: Lsn
-    routes: tuple[RouteSummary, ...]
-    destinations: tuple[DestinationSummary, ...]
 
 
 class Daemon:
@@ -182,7 +141,7 @@ class Daemon:
         self._failure: WalstreamError | None = None
         self._next: _Reload | None = None
         self._phase, self._phase_since, self._reason = Phase.CONNECTING, time.monotonic(), ""
-        self._caught_up_at = time.time()
+        self._lag = Lag(time.time())
         self._letters: int | None = None
         self._sinks_are_open = False
 
@@ -294,7 +253,9 @@ class Daemon:
     def vitals(self) -> Vitals:
         """Say how the process is at this moment."""
         now, session, delivery = time.monotonic(), self._session, self._delivery
-        stalled_seconds, stalled_because = self._stalled(now)
+        stalled_seconds, stalled_because = 0.0, ""
+        if self._phase is Phase.STREAMING and session is not None:
+            stalled_seconds, stalled_because = stalled(session, delivery, now)
         received_lsn = self.flush_lsn if session is None else session.received_lsn
         server_lsn = received_lsn if session is None else session.server_lsn
         stream = self._config.stream
@@ -304,15 +265,17 @@ class Daemon:
             slot_name=self._config.slot.name,
             is_ready=self._phase is Phase.STREAMING
             and stalled_seconds < stream.stalled_after_seconds,
-            is_alive=self._stuck_seconds(now) < stream.stuck_after_seconds,
+            is_alive=stuck_seconds(session, delivery, now) < stream.stuck_after_seconds,
             reason=self._reason,
             stalled_seconds=stalled_seconds,
-            stalled_because="" if stalled_seconds < SOON_SECONDS else stalled_because,
+            stalled_because=stalled_because,
             received_lsn=received_lsn,
             flush_lsn=self.flush_lsn,
             server_lsn=server_lsn,
             lag_bytes=max(0, server_lsn - self.flush_lsn),
-            lag_seconds=self._lag_seconds(),
+            lag_seconds=self._lag.seconds(
+                self._acknowledger, time.time(), is_streaming=self._phase is Phase.STREAMING
+            ),
             in_flight_changes=delivery.in_flight,
             in_flight_bytes=delivery.in_flight_bytes,
             in_flight_transactions=self._acknowledger.in_flight,
@@ -336,54 +299,6 @@ class Daemon:
             ),
             destinations=delivery.destinations(),
         )
-
-    def _stalled(self, now: float) -> tuple[float, str]:
-        """Say how long changes have not got through although there is work, and why."""
-        session = self._session
-        if session is None or self._phase is not Phase.STREAMING:
-            return 0.0, ""
-        silent_seconds = session.silent_seconds
-        causes = [
-            self._stalled_delivery(now),
-            (session.asking_seconds, "the catalog does not say what a table looks like"),
-            (
-                silent_seconds if silent_seconds > ANSWER_SECONDS else 0.0,
-                "the server says nothing, although it was asked",
-            ),
-        ]
-        return max(causes)
-
-    def _stalled_delivery(self, now: float) -> tuple[float, str]:
-        """Say how long a destination, or the watermark, has stood still, and why."""
-        seconds, because = self._delivery.stalled(now)
-        if self._session is None:
-            return seconds, because
-        longest = max(seconds, self._session.standstill_seconds(now))
-        if seconds < longest / 2:  # what a destination does not explain; both begin about together
-            because = "changes wait, and the watermark stands still"
-        return longest, because
-
-    def _stuck_seconds(self, now: float) -> float:
-        """Say how long something has stood still that a new process would do anew.
-
-        That is a call that does not end, or a watermark that no destination explains. What is tried
-        again and again is moving: a restart would try the same.
-        """
-        held, session = self._delivery.held, self._session
-        if held is not None:
-            return now - held.since
-        if session is None or self._delivery.stalled(now)[0]:
-            return 0.0
-        return session.standstill_seconds(now)
-
-    def _lag_seconds(self) -> float:
-        """Return the age of the oldest change that is not acknowledged, by the server's clock."""
-        oldest, now = self._acknowledger.oldest, time.time()
-        if oldest is not None and oldest.transaction is not None:
-            return max(0.0, now - oldest.transaction.commit_time.timestamp())
-        if self._phase is Phase.STREAMING:
-            self._caught_up_at = now
-        return now - self._caught_up_at
 
     # The life of the process
 
@@ -721,9 +636,6 @@ class _Reload(NamedTuple):
     assembly: Assembly
     adopted: asyncio.Future[None]
 
-
-ANSWER_SECONDS: Final = 2 * ASK_SECONDS
-"""After so much silence the server has been asked for a sign of life, and has not given one."""
 
 COUNT_SECONDS: Final = 10.0
 """How often the dead letters are counted."""

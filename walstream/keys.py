@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
-from walstream.changes import Change, Operation, Row
+from walstream.changes import Change, Column, Operation, Row
 
 Key: TypeAlias = tuple[str, bytes]
 """The table, and a JSON array of the values of the key's columns.
@@ -66,4 +66,18 @@ def _values(row: Row, names: Sequence[str]) -> bytes:
     columns = [row.column(name) for name in names]
     if not all(columns):
         return WHOLE_TABLE
-    return b"[%b]" % b",".join([bytes(column.value) for column in columns if column is not None])
+    return b"[%b]" % b",".join([_value(column) for column in columns if column is not None])
+
+
+_NUMBERS: Final = frozenset((20, 21, 23, 26, 700, 701, 1700))
+"""int8, int2, int4, oid, float4, float8, numeric."""
+
+
+def _value(column: Column) -> bytes:
+    """Return a value as it was sent; a number the same from all versions of wal2json.
+
+    From 2.6 on numbers are sent as strings. What is kept by a key outlives an upgrade.
+    """
+    value = bytes(column.value)
+    is_number = column.typeoid in _NUMBERS and value.startswith(b'"')
+    return value[1:-1] if is_number else value

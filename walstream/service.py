@@ -16,8 +16,9 @@ import structlog
 
 from walstream import logs, systemd
 from walstream.config import Config
-from walstream.daemon import Daemon, Summary
+from walstream.daemon import Daemon
 from walstream.errors import WalstreamError
+from walstream.summary import Summary
 from walstream.systemd import Notifier
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.service")

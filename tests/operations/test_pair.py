@@ -50,7 +50,7 @@ class Member:
         self.proxy = self._opened.enter_context(Proxy(self._dsn))
         sections = {
             "postgres": {"dsn": self.proxy.dsn(self._dsn), "application_name": self.name},
-            "slot": {"name": self._slot},
+            "slot": {"name": self._slot, "shared": True},
             "state": {"path": str(self._folder / f"{self.name}.json")},
             "sinks.changes": {"type": "file", "path": str(self.path)},
         }

@@ -22,7 +22,7 @@ from pydantic import SecretStr
 
 from walstream.cluster import PrivateCluster
 from walstream.config import Config, PostgresConfig, SlotConfig
-from walstream.daemon import Daemon, Summary
+from walstream.daemon import Daemon
 from walstream.demo import handlers
 from walstream.demo.screen import (
     show_code,
@@ -33,6 +33,7 @@ from walstream.demo.screen import (
 from walstream.demo.workload import TABLES, Application, Tally
 from walstream.errors import ClusterFailed, ServerProgramsMissing, SetupError, StreamBroken
 from walstream.lsn import Lsn
+from walstream.summary import Summary
 
 DATABASE: Final = "chat"
 ROLE: Final = "walstream"

@@ -19,9 +19,10 @@ import msgspec
 
 from walstream.app import Walstream
 from walstream.config import Config
-from walstream.daemon import Daemon, Summary
+from walstream.daemon import Daemon
 from walstream.destinations import Handler, Item
 from walstream.lsn import ZERO, Lsn
+from walstream.summary import Summary
 from walstream.testing.databases import async_wait_until
 
 END_SECONDS: Final = 10.0

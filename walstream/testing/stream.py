@@ -23,9 +23,9 @@ from walstream import logs
 from walstream.app import Walstream
 from walstream.changes import Change
 from walstream.config import ENV_PREFIX, Config
-from walstream.daemon import Summary
 from walstream.destinations import Handler
 from walstream.lsn import Lsn
+from walstream.summary import Summary
 from walstream.testing.databases import Database, async_wait_until
 from walstream.testing.life import Crash, Life
 from walstream.testing.slot import RewindableSlot
