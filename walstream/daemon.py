@@ -399,7 +399,12 @@ class Daemon:
         """Pause before the next attempt, or until `stop`."""
         if decision.action is Action.STAND_BY:
             if (self._phase, self._reason) != (Phase.STANDING_BY, reason.message):
-                log.info("standing_by", error=reason.message, then=decision.sentence)
+                log.info(
+                    "standing_by",
+                    error=reason.message,
+                    then=decision.sentence,
+                    hint="" if self._config.slot.shared else _SHARED,
+                )
                 self._reconnects[type(reason).__name__] += 1
             self._enter(Phase.STANDING_BY, reason.message)
             await self._pause(decision.pause_seconds)
@@ -640,6 +645,11 @@ class _Reload(NamedTuple):
 COUNT_SECONDS: Final = 10.0
 """How often the dead letters are counted."""
 
+
+_SHARED: Final = (
+    "two processes of one service both need shared = true under [slot], or the one that is started"
+    " after the other has streamed takes that for a gap"
+)
 
 _ROUTES_CHANGED: Final = "the routes were reloaded and need other tables: streaming anew"
 

@@ -15,7 +15,7 @@ from walstream.stream import ASK_SECONDS, Session
 ANSWER_SECONDS: Final = 2 * ASK_SECONDS
 """After so much silence the server has been asked for a sign of life, and has not given one."""
 
-SOON_SECONDS: Final = 1.0
+SOON_SECONDS: Final = 0.5
 """What has stood still for less is nothing to talk about."""
 
 

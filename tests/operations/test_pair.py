@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import pytest
 
@@ -48,7 +48,7 @@ class Member:
 
     def __enter__(self) -> Self:
         self.proxy = self._opened.enter_context(Proxy(self._dsn))
-        sections = {
+        sections: dict[str, dict[str, Any]] = {
             "postgres": {"dsn": self.proxy.dsn(self._dsn), "application_name": self.name},
             "slot": {"name": self._slot, "shared": True},
             "state": {"path": str(self._folder / f"{self.name}.json")},

@@ -15,7 +15,7 @@ from tests.operations.standby import Standby
 from tests.postgres import Database, wait_until
 from tests.proxy import Which
 from walstream.cluster import PrivateCluster
-from walstream.errors import EX_CONFIG, EX_SOFTWARE
+from walstream.errors import EX_CONFIG
 
 SEED: Final = 8460
 
@@ -175,11 +175,11 @@ def test_a_row_that_wal2json_cannot_write_is_recognised(rig: Rig) -> None:
     rig.wait_for(marker)
     rig.execute("INSERT INTO marks.large SELECT 1, convert_to(repeat('x', %s), 'UTF8')", ROW_BYTES)
     behind = rig.twins.now()
-    said = stopped_loudly(rig, EX_SOFTWARE, "invalid memory alloc request size", seconds=200)
+    said = stopped_loudly(rig, EX_CONFIG, "invalid memory alloc request size", seconds=200)
     assert "times in a row, each time after" in said
-    assert "walstream slot advance" in said
+    assert "too large for wal2json" in said
     rig.start()
-    stopped_loudly(rig, EX_SOFTWARE, "times in a row, each time after", seconds=200)
+    stopped_loudly(rig, EX_CONFIG, "times in a row, each time after", seconds=200)
     rig.execute("SELECT pg_replication_slot_advance(%s, %s::pg_lsn)", rig.slot, behind)
     rig.start("--accept-gap")
     rig.recover()

@@ -38,7 +38,7 @@ async def _state(site: Site) -> Outcome:
     try:
         status = await slot_status(site.catalog, name)
     except SlotMissing as missing:
-        if site.config.slot.create:
+        if site.config.slot.create:  # whether it was there before is a line of its own
             return ok(f"{name} does not exist yet, the first start creates it")
         return problem(missing.message, *_create(site))
     site.slot_exists = True

@@ -139,8 +139,15 @@ def advance(
     async def work(settings: Config, catalog: Catalog, slot: str) -> None:
         position = (await catalog.server()).flush_lsn if to == "now" else _lsn(to)
         position = await advance_slot(catalog, slot, position)
-        await note_given_up(state_path(settings.state.path, slot), slot, position)
+        state = state_path(settings.state.path, slot)
+        await note_given_up(state, slot, position)
         typer.echo(f"{slot} stands at {position}")
+        if state is None:
+            typer.echo(
+                "a service that keeps a state file takes this for a gap: start it once with"
+                " --accept-gap",
+                err=True,
+            )
 
     _with_catalog(config, dsn, name, work)
 
