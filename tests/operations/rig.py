@@ -370,7 +370,9 @@ class Rig:
     def forget(self) -> None:
         """Move the sink's file away, and remove what was moved away before."""
         for path in self.parts()[:-2]:
-            path.unlink(missing_ok=True)
+            if path.exists():
+                self._tails.pop(path.stat().st_ino, None)  # the next file may get its number
+                path.unlink()
         self.rotate()
 
     def journal(self, name: str) -> list[str]:
