@@ -69,7 +69,8 @@ class Binding:
             Unavailable: the catalog cannot be asked.
         """
         assert self._question is not None  # noqa: S101 - decode has left it
-        self._decoder.learn(await self._layout(self._question))
+        for forgotten in self._decoder.learn(await self._layout(self._question)):
+            self._router.forget(forgotten)
         return self._decoder.decode(record)
 
     def route(self, change: Change) -> list[tuple[Route, Change]] | None:

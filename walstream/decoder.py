@@ -131,6 +131,15 @@ class _Message(msgspec.Struct, tag_field="action", tag="M", gc=False):
 _Record = _Begin | _Commit | _Insert | _Update | _Delete | _Truncate | _Message
 
 
+MOST_SHAPES_OF_A_TABLE: Final = 256
+MOST_SHAPES: Final = 20_000
+"""How many shapes are remembered, some 10 kB each with what is bound to them.
+
+A table has one more for each combination of long columns that updates leave out, and for each time
+that it was altered.
+"""
+
+
 class Decoder:
     """Decodes the records of one stream in the order in which they come.
 
@@ -147,6 +156,7 @@ class Decoder:
         """
         self._encoding = encoding
         self._layouts: dict[tuple[str, str], list[Layout]] = {}
+        self._count = 0
         self._transaction: Transaction | None = None
         self._ordinal = 0
         self._decode: Any = msgspec.json.Decoder(_Record).decode
@@ -161,21 +171,31 @@ class Decoder:
         """Whether a BEGIN has come whose COMMIT has not."""
         return self._transaction is not None
 
-    def learn(self, layout: Layout) -> None:
+    def learn(self, layout: Layout) -> list[Layout]:
         """Add a shape that `UnknownLayout` asked for; the newest shapes are tried first.
 
         Those are forgotten that were learned when the table had other columns: what they leave out
-        may be another thing now.
+        may be another thing now. And the oldest are, when there are too many.
+
+        Returns:
+            What was forgotten; it may be asked for again.
         """
         name = (layout.relation.schema, layout.relation.name)
-        current = [
-            known for known in self._layouts.get(name, ()) if known.toastable == layout.toastable
-        ]
-        self._layouts[name] = [layout, *current]
+        known = self._layouts.pop(name, [])  # it comes last now: tables that are in use stay
+        current = [one for one in known if one.toastable == layout.toastable]
+        self._layouts[name] = kept = [layout, *current][:MOST_SHAPES_OF_A_TABLE]
+        forgotten = [one for one in known if one not in kept]
+        self._count += 1 - len(forgotten)
+        while self._count > MOST_SHAPES:
+            oldest = self._layouts.pop(next(iter(self._layouts)))
+            self._count -= len(oldest)
+            forgotten += oldest
+        return forgotten
 
     def forget(self) -> None:
         """Drop all shapes: a type that they are built on has changed."""
         self._layouts.clear()
+        self._count = 0
 
     def decode(  # noqa: PLR0911 - a return for each kind of record
         self, record: bytes | memoryview

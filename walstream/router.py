@@ -327,6 +327,11 @@ class Router:
         self._bound.clear()
         self._terms.clear()
 
+    def forget(self, layout: Layout) -> None:
+        """Drop what was bound for a layout; it may be bound again."""
+        self._bound.pop(layout, None)
+        self._terms.pop(layout, None)
+
     def layouts(self) -> list[Layout]:
         """List the layouts that are bound."""
         return list(self._bound)

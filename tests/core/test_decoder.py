@@ -421,3 +421,30 @@ def test_a_column_is_found_wherever_it_stands(reader: Reader) -> None:
     )
     assert change.identity["note"] == "b"
     assert "id" not in change.identity
+
+
+def shape(table: str, column: str) -> Layout:
+    return Layout(Relation("public", table), [column], [23], [], Types(loader))
+
+
+def test_shapes_of_a_table_that_is_altered_again_and_again_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("walstream.decoder.MOST_SHAPES_OF_A_TABLE", 3)
+    decoder = Decoder()
+    shapes = [shape("orders", f"c{number}") for number in range(5)]
+    forgotten = [decoder.learn(one) for one in shapes]
+    assert forgotten == [[], [], [], [shapes[0]], [shapes[1]]]
+
+
+def test_shapes_of_all_tables_are_bounded_and_those_in_use_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("walstream.decoder.MOST_SHAPES", 3)
+    decoder = Decoder()
+    first, second, third = (shape(table, "c") for table in ("first", "second", "third"))
+    assert [decoder.learn(one) for one in (first, second, third)] == [[], [], []]
+    first_anew = shape("first", "d")
+    assert decoder.learn(first_anew) == [second]
+    decoder.forget()
+    assert [decoder.learn(one) for one in (first, second, third)] == [[], [], []]

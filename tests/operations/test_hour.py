@@ -6,7 +6,9 @@ import os
 import resource
 import signal
 import time
+from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Final, NamedTuple
 
 import pytest
@@ -24,6 +26,9 @@ TRANSACTIONS_PER_SECOND: Final = 40.0
 LOOK_SECONDS: Final = 2.0
 ROTATE_SECONDS: Final = 60.0
 FLAT_MEGABYTES: Final = 10.0
+MOMENTARY_DESCRIPTORS: Final = 2
+"""Open for a moment: the state file while it is written, a sink's file that follows a rename."""
+
 LAG_SECONDS: Final = 5.0
 """Within so long after the end of the load everything is confirmed."""
 
@@ -56,17 +61,19 @@ def test_memory_and_descriptors_are_flat_and_the_lag_returns_to_zero(
         assert rig.end(signal.SIGTERM) == 0, rig.log_tail()
     warm = [sample for sample in samples if sample.seconds > SECONDS * WARM_UP]
     memory = [sample.resident_megabytes for sample in warm]
-    descriptors = {sample.descriptors for sample in warm}
+    descriptors = [sample.descriptors for sample in warm]
     with capsys.disabled():
         tenths = [round(one, 1) for one in memory[:: max(1, len(memory) // 10)]]
         print(  # noqa: T201 - who waits for an hour wants to see what came of it
             f"{rig.load.begun} transactions, {changes} changes in {SECONDS:.0f} seconds;"
             f" resident {min(memory):.1f} to {max(memory):.1f} MB after warm-up: {tenths};"
-            f" descriptors {sorted(descriptors)}; threads"
+            f" descriptors {dict(Counter(descriptors))}; threads"
             f" {sorted({sample.threads for sample in warm})}; lag zero after {lag_seconds:.1f} s"
         )
     assert max(memory) - memory[0] < FLAT_MEGABYTES, samples[:: max(1, len(samples) // 40)]
-    assert len(descriptors) == 1, samples[:: max(1, len(samples) // 40)]
+    third = len(descriptors) // 3
+    assert median(descriptors[:third]) == median(descriptors[-third:])
+    assert max(descriptors) - min(descriptors) <= MOMENTARY_DESCRIPTORS, Counter(descriptors)
     assert lag_seconds < LAG_SECONDS
 
 
