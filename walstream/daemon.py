@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -140,6 +140,7 @@ class Daemon:
         self._stopped = asyncio.Event()
         self._failure: WalstreamError | None = None
         self._next: _Reload | None = None
+        self._adopting: asyncio.Task[None] | None = None
         self._phase, self._phase_since, self._reason = Phase.CONNECTING, time.monotonic(), ""
         self._lag = Lag(time.time())
         self._letters: int | None = None
@@ -180,22 +181,30 @@ class Daemon:
         if self._attempt is not None:
             self._attempt.cancel()
 
-    async def reload(self, config: Config) -> None:
+    async def reload(self, load: Callable[[], Config]) -> Config:
         """Go on with the routes, sinks and failure policies of another configuration.
 
         The stream is not left, unless the new routes need what the server was not asked for: then
         it begins anew at once, from where it was. Either everything is changed or nothing.
+
+        Args:
+            load: reads it.
+
+        Returns:
+            What holds now.
 
         Raises:
             WalstreamError: it cannot be used; all goes on as it was.
         """
         async with self._reloading:
             try:
+                config = load()
                 await self._reload(config)
             except WalstreamError:
                 self._reloads[False] += 1
                 raise
             self._reloads[True] += 1
+            return config
 
     async def reopen_sinks(self) -> None:
         """Let sinks that want to open anew what they write to, as after logrotate."""
@@ -328,6 +337,9 @@ class Daemon:
 
     async def _close(self) -> None:
         """Let go of everything that the process has opened, in the order in which it is used."""
+        self._refuse_next()
+        if self._adopting is not None:
+            await asyncio.wait([self._adopting])
         async with AsyncExitStack() as opened:
             opened.callback(self._delivery.close)
             opened.push_async_callback(self._catalog.close)
@@ -601,10 +613,19 @@ class Daemon:
         return self._binding(started, self.router), self._delivery
 
     async def _adopt_next(self) -> None:
-        """Take over what was made for a reload, if there is something, or say why not."""
-        reload, self._next = self._next, None
-        if reload is None:
-            return
+        """Take over what was made for a reload, if there is something.
+
+        It is done to its end, also when the session that waits for it is cancelled: half of the
+        sinks exchanged would be neither the old configuration nor the new one.
+        """
+        if self._next is not None and self._adopting is None:
+            reload, self._next = self._next, None
+            self._adopting = asyncio.create_task(self._adopt_or_refuse(reload))
+        if self._adopting is not None:
+            await asyncio.shield(self._adopting)
+            self._adopting = None
+
+    async def _adopt_or_refuse(self, reload: _Reload) -> None:
         try:
             await self._adopt(reload.assembly)
         except WalstreamError as error:
@@ -613,6 +634,14 @@ class Daemon:
             self._config = reload.config
             self._slot_watch.policy = reload.config.retained_wal
             reload.adopted.set_result(None)
+        finally:
+            reload.adopted.cancel()  # where it is not resolved, a bug is on its way up
+
+    def _refuse_next(self) -> None:
+        """Tell who waits for a reload that the stream has ended before it."""
+        if self._next is not None:
+            self._next.adopted.set_exception(Unavailable("the stream ends, nothing was reloaded"))
+            self._next = None
 
     async def _adopt(self, new: Assembly) -> None:
         """Take over other routes and sinks.

@@ -107,8 +107,7 @@ class _Service:
     async def _reload(self) -> None:
         self._notifier.reloading()
         try:
-            config = self._load()
-            await self._daemon.reload(config)
+            config = await self._daemon.reload(self._load)
         except WalstreamError as error:
             # Without the trace: it is the operator's file that is wrong, and all goes on.
             log.error("reload_refused", error=error.message, hint=error.hint)  # noqa: TRY400
