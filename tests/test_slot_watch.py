@@ -211,7 +211,7 @@ async def test_wal_that_a_long_transaction_holds_back_is_told_apart(
         await watch.look()
         long.rollback()
     assert said(logs) == [("retained_wal_high", "warning")]
-    assert "a transaction that runs for long" in logs[0]["hint"]
+    assert "unless one runs for long" in logs[0]["hint"]
 
 
 async def test_without_a_policy_nothing_is_said_of_retained_wal(

@@ -134,17 +134,23 @@ class Catalog:
         """
         await self.rows(sql.SQL("SELECT"), seconds=PROBE_SECONDS)
 
-    async def is_decoding(self, pid: int) -> bool:
+    async def is_decoding(self, pid: int) -> bool | None:
         """Whether a walsender is at work, and neither idle nor waiting for its client.
 
         Args:
             pid: of the walsender.
 
+        Returns:
+            None when the walsender is another role's, whose activity this one may not see.
+
         Raises:
             WalstreamError: the server cannot be asked, or does not answer soon.
         """
         rows = await self.rows(_WAITS_FOR, {"pid": pid}, seconds=PROBE_SECONDS)
-        return bool(rows) and rows[0][0] not in _IDLE
+        if not rows:
+            return False
+        state, waits_for = rows[0]
+        return None if state is None else waits_for not in _IDLE
 
     async def server(self) -> Server:
         """Ask for the server's facts."""
@@ -366,7 +372,9 @@ _SERVER: Final = sql.SQL(
     """
 )
 
-_WAITS_FOR: Final = sql.SQL("SELECT wait_event_type FROM pg_stat_activity WHERE pid = %(pid)s")
+_WAITS_FOR: Final = sql.SQL(
+    "SELECT state, wait_event_type FROM pg_stat_activity WHERE pid = %(pid)s"
+)
 
 _IDLE: Final = {"Activity", "Client"}
 """What a walsender waits for that has nothing to send, or whose client does not read.

@@ -822,6 +822,8 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError([f"{file}: cannot be read: {error.strerror}"]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: is not TOML: {error}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{file}: is nested too deeply"]) from None
 
 
 def _dangling(content: Mapping[str, Any]) -> list[str]:
@@ -872,6 +874,7 @@ _PATTERNS: Final = {
     "slot.name": _SLOT_NAMES,
     "name": _SLOT_NAMES,  # by itself it is an option of the command line
     "handlers.app": "module:name, such as handlers:stream",
+    "http.listen": "an address and a port, such as 127.0.0.1:8432",
 }
 
 

@@ -155,7 +155,8 @@ class ReplicationConnection:
         To be asked before `start`. Nothing when the server has lost the file that tells.
         """
         try:
-            cursor = await self._connection.execute(b"TIMELINE_HISTORY %d" % timeline)
+            with impatient(self._connection, COMMAND_SECONDS):
+                cursor = await self._connection.execute(b"TIMELINE_HISTORY %d" % timeline)
         except psycopg.errors.UndefinedFile:
             return ()
         except psycopg.Error as error:

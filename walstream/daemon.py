@@ -49,7 +49,7 @@ from walstream.preflight import verify_routes
 from walstream.pushdown import PushedDown
 from walstream.recording import Recorder, RecordingBinding
 from walstream.recovery import SERVER_FAILURES, Action, Decision, Pauses, decide
-from walstream.reload import exchange_sinks, verify_reloadable
+from walstream.reload import exchange_sinks, open_sink, verify_reloadable
 from walstream.router import Router
 from walstream.slot_watch import SlotWatch
 from walstream.source import Source, Started
@@ -145,6 +145,7 @@ class Daemon:
         self._lag = Lag(time.time())
         self._letters: int | None = None
         self._sinks_are_open = False
+        self._server_lsn = ZERO
 
     # What others ask and tell
 
@@ -225,6 +226,11 @@ class Daemon:
         return self.vitals().is_ready
 
     @property
+    def drain_seconds(self) -> float:
+        """How long a stop may wait for what is being delivered."""
+        return self._config.stream.drain_seconds
+
+    @property
     def held(self) -> Held | None:
         """The handler's call that lasts longest, if there is one."""
         return self._delivery.held
@@ -266,7 +272,8 @@ class Daemon:
         if self._phase is Phase.STREAMING and session is not None:
             stalled_seconds, stalled_because = stalled(session, delivery, now)
         received_lsn = self.flush_lsn if session is None else session.received_lsn
-        server_lsn = received_lsn if session is None else session.server_lsn
+        if session is not None:
+            self._server_lsn = session.server_lsn
         stream = self._config.stream
         return Vitals(
             phase=self._phase,
@@ -280,8 +287,8 @@ class Daemon:
             stalled_because=stalled_because,
             received_lsn=received_lsn,
             flush_lsn=self.flush_lsn,
-            server_lsn=server_lsn,
-            lag_bytes=max(0, server_lsn - self.flush_lsn),
+            server_lsn=max(self._server_lsn, received_lsn),
+            lag_bytes=self._lag_bytes(),
             lag_seconds=self._lag.seconds(
                 self._acknowledger, time.time(), is_streaming=self._phase is Phase.STREAMING
             ),
@@ -308,6 +315,13 @@ class Daemon:
             ),
             destinations=delivery.destinations(),
         )
+
+    def _lag_bytes(self) -> int:
+        """Return how far the slot is behind, from the server's words when nothing streams here."""
+        slot = self._slot_watch.vitals
+        if self._session is None and slot is not None and slot.lag_bytes is not None:
+            return slot.lag_bytes
+        return max(0, self._server_lsn - self.flush_lsn)
 
     # The life of the process
 
@@ -386,6 +400,8 @@ class Daemon:
         while not self._stopped.is_set():
             before = self.flush_lsn
             await self._adopt_next()
+            if self._stopped.is_set():
+                break
             try:
                 await self._attempt_stream()
             except WalstreamError as reason:
@@ -482,10 +498,11 @@ class Daemon:
     async def _stream(self) -> None:
         """Stream through one connection."""
         everything = needs_everything(self.router)
-        async with self._source.streaming(self.router, everything=everything) as started:
+        async with self._source.streaming(
+            self.router, everything=everything, on_free=self._open_sinks
+        ) as started:
             if self._until_now and self._until is None:
                 self._until = started.server.flush_lsn
-            await self._open_sinks()
             await self._open_targets(started)
             self._acknowledger = Acknowledger(started.confirmed)
             self._delivery.attach(self._acknowledger)
@@ -518,10 +535,10 @@ class Daemon:
             beating.cancel()
 
     async def _open_sinks(self) -> None:
-        """Open them once the slot is ours: a process that stands by leaves files to the other."""
+        """Open them once the slot is free: a process that stands by leaves files to the other."""
         if not self._sinks_are_open:
             for sink in self._assembly.sinks:
-                await sink.open()
+                await open_sink(sink)
             self._sinks_are_open = True
 
     async def _open_targets(self, started: Started) -> None:
@@ -595,11 +612,13 @@ class Daemon:
         verify_reloadable(self._config, config)
         assembly = Assembly(config, self._handlers, sinks=self._extra_sinks, before=self._assembly)
         await verify_routes(self._catalog, assembly.router.routes)
+        pushed_down = await self._pushed_down(assembly.router)
+        # From here on nothing refuses it but sinks that cannot be opened.
         adopted = asyncio.get_running_loop().create_future()
         self._next = _Reload(config, assembly, adopted)
         session, started = self._session, self._started
         if session is not None and started is not None:
-            if started.pushed_down == await self._pushed_down(assembly.router):
+            if started.pushed_down == pushed_down:
                 session.exchange(partial(self._exchange, started))
                 await asyncio.wait([adopted], timeout=self._config.stream.drain_seconds)
             if not adopted.done():

@@ -30,7 +30,7 @@ def configure(level: str = "info", log_format: Format = "auto") -> None:
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
     else:
-        renderer = structlog.processors.JSONRenderer(sort_keys=False)
+        renderer = structlog.processors.JSONRenderer(sort_keys=False, separators=(",", ":"))
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

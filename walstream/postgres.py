@@ -176,6 +176,10 @@ async def connect(
     return connection
 
 
+PIN_SECONDS: Final = 30.0
+"""How long the server may take for the settings of a session."""
+
+
 @contextmanager
 def impatient(connection: AsyncConnection[Any], seconds: float) -> Iterator[None]:
     """Cut the connection when the block lasts longer than it may.
@@ -228,8 +232,9 @@ def not_connected(error: Exception, dsn: str) -> WalstreamError:
 
 
 async def _pin_settings(connection: AsyncConnection[TupleRow]) -> None:
-    for name, value in SESSION_SETTINGS.items():
-        await connection.execute(f"SET {name} TO {value}".encode())
+    with impatient(connection, PIN_SECONDS):
+        for name, value in SESSION_SETTINGS.items():
+            await connection.execute(f"SET {name} TO {value}".encode())
 
 
 def _with_hint_at_defaults(error: WalstreamError, given: Mapping[str, Any]) -> WalstreamError:

@@ -12,7 +12,7 @@ import structlog
 
 from walstream.config import Config
 from walstream.destinations import Sink
-from walstream.errors import ConfigError, WalstreamError
+from walstream.errors import ConfigError, SinkFailed, WalstreamError
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.reload")
 
@@ -58,11 +58,24 @@ async def exchange_sinks(old: Sequence[Sink], new: Sequence[Sink]) -> None:
                 await sink.close()
         for sink in new:
             if sink not in old:
-                await sink.open()
+                await open_sink(sink)
                 opened.append(sink)
     except WalstreamError:
         for sink in opened:
             await sink.close()
         for sink in closed:
-            await sink.open()
+            await open_sink(sink)
         raise
+
+
+async def open_sink(sink: Sink) -> None:
+    """Open a sink.
+
+    Raises:
+        SinkFailed: it cannot be opened.
+    """
+    try:
+        await sink.open()
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise SinkFailed(f"sink {sink.name} cannot be opened: {why}") from error

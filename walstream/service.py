@@ -23,6 +23,9 @@ from walstream.systemd import Notifier
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.service")
 
+CONFIRM_SECONDS = 10.0
+"""What a stop may take beyond draining: the last position is confirmed, sinks are closed."""
+
 T = TypeVar("T")
 
 
@@ -92,12 +95,15 @@ class _Service:
         telling = asyncio.create_task(systemd.keep_telling(self._notifier, self._daemon.vitals))
         try:
             return await run_until_signal(
-                self._daemon, self._daemon.run, on_stopping=self._notifier.stopping
+                self._daemon, self._daemon.run, on_stopping=self._tell_stopping
             )
         finally:
             for task in (telling, *self._reloads):
                 task.cancel()
             self._notifier.close()
+
+    def _tell_stopping(self) -> None:
+        self._notifier.stopping(self._daemon.drain_seconds + CONFIRM_SECONDS)
 
     def _on_hangup(self) -> None:
         task = asyncio.create_task(self._reload())

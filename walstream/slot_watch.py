@@ -152,8 +152,8 @@ class SlotWatch:
             raise RetainedWalExceeded(
                 f"{said}; stop_at_bytes under [retained_wal] is {policy.stop_at_bytes}",
                 hint=f"{_why(status)}; to let walstream catch up, start it with a higher"
-                " WALSTREAM_RETAINED_WAL_STOP_AT_BYTES; to give the changes up, walstream slot"
-                " advance now, or walstream slot drop",
+                " WALSTREAM_RETAINED_WAL_STOP_AT_BYTES; to give the changes up, walstream slot drop"
+                " and walstream slot create, then start with --accept-gap",
             )
 
     def _warn(self, retained_bytes: int, status: SlotStatus) -> None:
@@ -197,6 +197,7 @@ def _vitals(status: SlotStatus) -> SlotVitals:
         confirmed_flush_lsn=status.confirmed_flush_lsn or ZERO,
         restart_lsn=status.restart_lsn,
         wal_status=status.wal_status,
+        lag_bytes=status.lag_bytes,
         retained_wal_bytes=status.retained_wal_bytes,
         safe_wal_size_bytes=status.safe_wal_size_bytes,
         spilled_transactions=status.spilled_transactions,
@@ -217,9 +218,10 @@ def _why(status: SlotStatus) -> str:
     retained_bytes, lag_bytes = status.retained_wal_bytes or 0, status.lag_bytes or 0
     if lag_bytes < retained_bytes / 2:
         return (
-            "most of it is confirmed: a transaction that runs for long holds it back; see"
+            "most of it is confirmed: the server lets go of it when it next logs which transactions"
+            " run, within a minute of writes, unless one runs for long; see"
             " pg_stat_activity.xact_start and pg_prepared_xacts"
         )
     if not status.active:
-        return "nobody streams from the slot: see why walstream does not connect"
+        return "nobody streams from the slot at this moment"
     return "changes come faster than they are taken: see which destination is slow or fails"

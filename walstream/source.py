@@ -6,7 +6,7 @@ least: a process that stands by for another one opens no walsender.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -96,8 +96,6 @@ class Source:
         if self._state is None:
             return
         await self._state.verify_writable()
-        if self._accept_gap:
-            self._state.forget()
 
     async def record(self, flush_lsn: Lsn) -> None:
         """Note, before it is confirmed, that all up to a position is taken.
@@ -126,12 +124,19 @@ class Source:
         return push_down(router.routes, await self._catalog.partitioned(), everything=everything)
 
     @asynccontextmanager
-    async def streaming(self, router: Router, *, everything: bool) -> AsyncIterator[Started]:
+    async def streaming(
+        self,
+        router: Router,
+        *,
+        everything: bool,
+        on_free: Callable[[], Awaitable[None]],
+    ) -> AsyncIterator[Started]:
         """Connect, make sure that it is the slot that was streamed from before, and start.
 
         Args:
             router: with the routes, which are checked against the tables.
             everything: the server has to send all changes, whatever the routes want.
+            on_free: called when nobody else streams from the slot, before anything is made.
 
         Raises:
             WalstreamError: what keeps it from streaming.
@@ -140,6 +145,7 @@ class Source:
         verify_server(server)
         await self._verify_routes(router)
         status = None if self._is_temporary else await self._look()
+        await on_free()
         postgres = self._config.postgres
         async with await ReplicationConnection.open(
             postgres.streaming_dsn(),
@@ -192,8 +198,10 @@ class Source:
 
     async def _look(self) -> SlotStatus | None:
         """Look at the slot; None when it is missing, which may be as it should be."""
-        if self._state is not None and self.lineage is None and not self._accept_gap:
-            self.lineage = await self._state.load()
+        if self._state is not None and self.lineage is None:
+            last = await self._state.load()
+            # Until it streams the file says what it said: what is accepted is one start's gap.
+            self.lineage = None if self._accept_gap else last
         try:
             status = await usable_slot(self._catalog, self._config.slot.name)
         except SlotMissing:

@@ -60,6 +60,9 @@ ASK_SECONDS: Final = 3.0
 WATCH_SECONDS: Final = 1.0
 """How often the position and the delivery are looked at."""
 
+PATIENCE: Final = 10
+"""So many times ``receive_timeout_seconds`` a walsender may be silent that nobody can look at."""
+
 ANSWER_SECONDS: Final = 5.0
 """How long the catalog gets to say what a silent walsender does."""
 
@@ -526,12 +529,14 @@ class Session:
                 continue
             is_decoding = await self._is_decoding()
             silent_seconds = self.silent_seconds
+            if is_decoding is None:  # nobody can tell: it may well be
+                is_decoding = silent_seconds < PATIENCE * self._receive_timeout_seconds
             if not is_decoding and silent_seconds >= self._receive_timeout_seconds:
                 self._is_cut = True  # nobody reads what would be confirmed
                 message = f"the server has not answered for {silent_seconds:.0f} seconds"
                 raise ConnectionLost(message)
 
-    async def _is_decoding(self) -> bool:
+    async def _is_decoding(self) -> bool | None:
         """Ask the catalog; where that does not answer either, nothing is."""
         asking = asyncio.create_task(self._catalog.is_decoding(self._connection.backend_pid))
         done, _ = await asyncio.wait([asking], timeout=ANSWER_SECONDS)
@@ -539,7 +544,7 @@ class Session:
             self._catalog.abandon()
             asking.cancel()
             return False
-        return asking.exception() is None and asking.result()
+        return False if asking.exception() is not None else asking.result()
 
     async def _notice_shutdown(self) -> None:
         """Stop when the server wants to shut down.

@@ -122,6 +122,7 @@ class SlotVitals(msgspec.Struct, frozen=True):
     confirmed_flush_lsn: Lsn = ZERO
     restart_lsn: Lsn | None = None
     wal_status: str | None = None
+    lag_bytes: int | None = None
     retained_wal_bytes: int | None = None
     safe_wal_size_bytes: int | None = None
     spilled_transactions: int | None = None

@@ -453,7 +453,7 @@ class Rig:
 
         def streams() -> bool:
             self.look_after()
-            return '"event": "streaming"' in self.said()
+            return '"event":"streaming"' in self.said()
 
         wait_until(streams, RECOVERY_SECONDS)
 

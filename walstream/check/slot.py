@@ -88,7 +88,8 @@ async def _retained_wal(site: Site) -> Outcome:
             return problem(
                 f"{found}: above {key} ({size(limit)}), walstream {then}",
                 f"-- raise {key} under [retained_wal]; or give up what is retained:",
-                *_give_up(site.slot_name),
+                *_create_again(site),
+                "-- and start once with --accept-gap, where a state file is kept",
             )
     if status.wal_status == "unreserved" or _is_at_risk(status):
         return warning(f"{found}: the slot is about to be lost", *catch_up, _RAISE)
@@ -204,10 +205,6 @@ def _create(site: Site) -> list[str]:
 def _catch_up(site: Site) -> list[str]:
     """Deliver what is retained: the slot lets go of WAL when it has come past a checkpoint."""
     return ["CHECKPOINT;", site.command("run", "--until now")]
-
-
-def _give_up(name: str) -> list[str]:
-    return [f"SELECT pg_replication_slot_advance({literal(name)}, pg_current_wal_lsn());"]
 
 
 _GONE: Final = "-- bring what was lost meanwhile over by other means"

@@ -20,7 +20,7 @@ from walstream import logs
 from walstream.app import Walstream
 from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.reporting import report
-from walstream.config import HttpConfig, RouteSpec
+from walstream.config import HttpConfig, RouteSpec, TracingConfig
 from walstream.daemon import Daemon
 from walstream.destinations import Sink
 from walstream.errors import EX_OK, ConfigError, OutputClosed, UsageError, WalstreamError
@@ -140,6 +140,7 @@ def tail(  # noqa: PLR0913 - the options of a command
             "sinks": {},
             # What the service beside it does is not done twice.
             "http": HttpConfig(),
+            "tracing": TracingConfig(),
             "stream": settings.stream.model_copy(update={"heartbeat_seconds": None}),
         }
     )

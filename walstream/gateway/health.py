@@ -1,7 +1,7 @@
 """``/health/live`` and ``/health/ready``: 200 for yes, 503 for no, and why.
 
-Live says that a restart would not help, ready that changes get through. The bodies hold neither
-values of rows nor anything of the configuration.
+Live says that a restart would not help, ready that changes get through. The bodies hold no values
+of rows and no passwords; while it does not stream, ``reason`` may name the server's address.
 """
 
 from __future__ import annotations

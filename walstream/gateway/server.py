@@ -107,7 +107,7 @@ def _configure(vitals: Callable[[], Vitals]) -> uvicorn.Config:
         log_config=None,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=MAX_REQUESTS,
+        limit_concurrency=MAX_REQUESTS + 1,  # uvicorn refuses the one that reaches it
         timeout_keep_alive=IDLE_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )

@@ -1,1 +1,1 @@
-"""Destinations that keep changes. Each is one module; `walstream.delivery.Sink` is the contract."""
+"""Destinations that keep changes, one a module; `walstream.destinations.Sink` is the contract."""
