@@ -56,11 +56,12 @@ def nobody_listens(rig: Rig) -> None:
     wait_until(lambda: rig.said().count("reconnecting") > before + 2)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "fault",
     [
         nothing_passes,
-        pytest.param(nothing_passes_for_replication, marks=pytest.mark.faults),
+        nothing_passes_for_replication,
         nobody_answers,
         nobody_listens,
     ],

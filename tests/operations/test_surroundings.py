@@ -74,6 +74,7 @@ def test_a_full_disk_is_waited_out_and_nothing_is_missing(
         finish(rig)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(120)
 def test_jumps_of_the_machines_clock_change_nothing(
     private_cluster: StartCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
