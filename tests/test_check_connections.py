@@ -296,6 +296,12 @@ def test_a_version_says_whether_it_gets_fixes_and_what_the_next_brings(
     assert sentence in outcome.found
 
 
+def test_what_only_the_next_minor_knows_is_not_to_be_run_before_it() -> None:
+    steps = judge_version(15, 18, "named", date(2026, 9, 1)).mend.splitlines()
+    assert steps[0] == "-- upgrade the server to 15.19 or later, and right after that:"
+    assert "output_plugin_libraries" in steps[1]
+
+
 @pytest.mark.parametrize(
     ("setting", "names"),
     [

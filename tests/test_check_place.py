@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pwd
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -98,6 +99,83 @@ def test_a_folder_that_may_not_be_written_to_says_to_whom(
     assert outcome.mend == f"$ chmod u+rwx {tmp_path}"
 
 
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that may not be entered, for somebody without rights and without a name."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    if is_root := not os.geteuid():
+        os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield folder
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
+        folder.chmod(0o700)
+
+
+NOBODY = 54_321
+"""A number that no user has."""
+
+
+async def test_a_folder_that_may_not_be_entered_is_a_problem_of_all_that_is_in_it(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_names(monkeypatch)
+    config = parsed(
+        state={"path": closed / "state.json"},
+        sinks={"out": {"type": "file", "path": closed / "further" / "out"}},
+        dead_letters={"path": closed / "letters"},
+        routes=[{"table": "public.t", "to": "out"}],
+    )
+    report = await check(config, with_letters().handlers)
+    kept = [one for one in report.findings if one.group in {"sinks", "dead letters", "here"}]
+    assert [(one.group, one.status) for one in kept] == [
+        ("sinks", Status.PROBLEM),
+        ("dead letters", Status.PROBLEM),
+        ("here", Status.PROBLEM),
+    ]
+    for one in kept:
+        assert f"the user {os.geteuid()} may not enter the folder /" in one.found
+        assert one.mend
+
+
+def forget_names(patch: pytest.MonkeyPatch) -> None:
+    """As in a container with a user of its own."""
+
+    def unknown(uid: int) -> None:
+        message = f"getpwuid(): uid not found: {uid}"
+        raise KeyError(message)
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        patch.delenv(name, raising=False)
+    patch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_user_without_a_name_is_told_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_names(monkeypatch)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)  # and not the folder's owner
+    outcome = place.unwritable_folder(tmp_path / "file")
+    assert outcome is not None
+    assert outcome.found == f"the user {NOBODY} may not write to the folder {tmp_path}"
+    assert outcome.mend.startswith(f"-- let the user {NOBODY} write to {tmp_path}")
+
+
+async def test_an_error_of_this_machine_is_the_answer_to_its_question_only() -> None:
+    long = "x" * 300
+    config = parsed(
+        sinks={"out": {"type": "file", "path": long}, "other": {"type": "file", "path": "other"}},
+        routes=[{"table": "public.t", "to": name} for name in ("out", "other")],
+    )
+    found = await sink(config, "out")
+    assert found.status is Status.PROBLEM
+    assert found.found.endswith(f"{long}: File name too long")
+    assert (await sink(config, "other")).status is Status.OK
+
+
 # ---- Sinks
 
 
@@ -126,6 +204,14 @@ async def test_a_file_that_somebody_else_has_locked_is_a_problem_unless_it_is_us
         assert found.status is Status.PROBLEM
         assert f"PID {os.getpid()} has locked" in found.found
     assert (await sink(config, "out")).status is Status.OK
+
+
+async def test_where_the_system_tells_no_locks_there_is_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "_LOCKS", tmp_path / "none")
+    Path("out.jsonl").touch()
+    assert (await sink(parsed(**to_file("out.jsonl")), "out")).status is Status.OK
 
 
 @pytest.mark.parametrize(

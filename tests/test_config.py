@@ -137,6 +137,51 @@ def test_files_of_secrets_that_cannot_be_read_are_mistakes_of_the_configuration(
         config.parse({"masking": {"key_file": file}}).masking.secret()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"sinks": DSN},
+        {"sinks": [DSN]},
+        {"sinks": {"hook": DSN}},
+        {"dead_letters": DSN},
+        {"dead_letters": {"dsn_file": [DSN]}},
+        {"postgres": {"replication_dsn_file": [DSN]}},
+        {"masking": {"key_file": [SECRET]}},
+    ],
+)
+def test_secrets_in_the_wrong_place_are_not_printed(content: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="found a value") as caught:
+        config.parse(content)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_shown"),
+    [
+        ("postgresql://me:hunter2@host/db", False),
+        ("host=db password=hunter2", False),
+        ("host=db password = hunter2", False),
+        ("0123456789abcdef0123456789abcdef", False),
+        ("Zm9v/mFyYmF6Zm9vYmFyYmF6Zm9vYmFyYmF6Zm8=", False),
+        ("/run/secrets/the-dsn-of-orders-2", True),
+        ("secrets/the-dsn-of-all-orders", True),
+        ("the-dsn-of-all-orders-2.txt", True),
+        ("dsn2", True),
+    ],
+)
+def test_a_secret_in_the_place_of_its_file_is_not_printed(given: str, *, is_shown: bool) -> None:
+    file = Path(given)
+    for read in (
+        config.parse({"postgres": {"dsn_file": given}}).postgres.catalog_dsn,
+        config.parse({"dead_letters": {"dsn_file": given}}).dead_letters.own_dsn,
+        config.parse({"masking": {"key_file": given}}).masking.secret,
+    ):
+        with pytest.raises(ConfigError, match=r"_file: .* cannot be read") as caught:
+            read()
+        assert (str(file) in str(caught.value)) == is_shown
+        assert "hunter2" not in str(caught.value)
+
+
 def test_a_file_of_a_secret_whose_name_no_file_has_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match="is not a path"):
         config.parse({"masking": {"key_file": "a\0b"}}).masking.secret()

@@ -432,8 +432,9 @@ async def test_what_cannot_be_reopened_is_told_and_tried_again(path: Path) -> No
     await sink.open()
     path.unlink()
     path.mkdir()
-    with pytest.raises(SinkFailed, match="cannot be opened: Is a directory"):
+    with pytest.raises(SinkFailed, match="cannot be opened: Is a directory") as failed:
         await sink.reopen()
+    assert "path under [sinks.f]" in failed.value.hint
     path.rmdir()
     await fill(sink, 1)
     await sink.close()

@@ -109,8 +109,9 @@ def open_descriptors(path: Path) -> int:
 async def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path, target: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     sink = FileSink("f", tmp_path / target)
-    with pytest.raises(SinkFailed, match="sink f: "):
+    with pytest.raises(SinkFailed, match="sink f: ") as failed:
         await sink.open()
+    assert failed.value.hint.startswith("path under [sinks.f] has to name a file, in a folder")
     await sink.close()
 
 

@@ -115,6 +115,17 @@ def test_another_server_or_an_older_copy_is_refused(
     assert says in refused.stderr
 
 
+def test_what_is_accepted_is_one_gap_of_a_start_that_streams(service: Restarted) -> None:
+    """A start that comes to nothing leaves the next one as careful as it was."""
+    service.stream_one(1)
+    before = service.recorded()
+    service.drop_slot()
+    service.environment["WALSTREAM_SLOT_CREATE"] = "false"
+    refused = service.run("run", "--accept-gap")
+    assert (refused.returncode, "SlotMissing" in refused.stderr) == (EX_CONFIG, True)
+    assert service.recorded() == before
+
+
 def test_a_slot_that_was_made_anew_is_refused(service: Restarted) -> None:
     """It stands beyond what was confirmed, and what was committed in between is missing."""
     service.stream_one(1)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tests import test_types, test_values_live
+from tests.command_line import CommandLine
 from tests.postgres import Database
 from tests.streaming import Stream
-from tests.command_line import CommandLine
 from walstream import Change
 from walstream.catalog import Catalog
 from walstream.errors import RowInvalid, UsageError

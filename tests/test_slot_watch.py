@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from structlog.testing import capture_logs
 
 from tests.conftest import StartCluster
@@ -97,7 +98,8 @@ async def test_vitals_are_what_the_server_says_of_the_slot(
     catalog: Catalog, database: Database, slot: str
 ) -> None:
     watch = SlotWatch(catalog, slot, RetainedWalConfig())
-    assert (watch.vitals, watch.age_seconds) == (None, None)
+    before = watch.vitals
+    assert before is None
     write_wal(database, MEGABYTE)
     await watch.look()
     ((confirmed, restart),) = database.execute(
@@ -113,8 +115,7 @@ async def test_vitals_are_what_the_server_says_of_the_slot(
     assert vitals.retained_wal_bytes is not None
     assert vitals.retained_wal_bytes >= MEGABYTE
     assert (vitals.spilled_transactions, vitals.spills, vitals.spilled_bytes) == (0, 0, 0)
-    assert watch.age_seconds is not None
-    assert watch.age_seconds < 10
+    assert vitals.age_seconds < 10
 
 
 async def test_what_the_walsender_spills_to_disk_is_counted(
@@ -147,18 +148,66 @@ async def test_a_server_that_does_not_answer_ends_nothing_and_the_last_answer_st
         task = asyncio.create_task(watch.run())
         await async_wait_until(lambda: watch.vitals)
         await asyncio.to_thread(cluster.stop, "immediate")
-        await async_wait_until(lambda: (watch.age_seconds or 0) > 0.2)  # many looks ago
-        before, away_seconds = watch.vitals, watch.age_seconds
+        await async_wait_until(lambda: ("slot_unwatched", "warning") in said(logs))
+        before = watch.vitals
         assert before is not None
-        assert away_seconds is not None
         await asyncio.to_thread(cluster.start)
-        await async_wait_until(lambda: (watch.age_seconds or 0) < away_seconds)
+        await async_wait_until(
+            lambda: watch.vitals and watch.vitals.age_seconds < before.age_seconds
+        )
         assert not task.done()
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
     await catalog.close()
-    assert {level for _, level in said(logs)} <= {"debug"}
+    shown = [one for one in said(logs) if one[1] != "debug"]
+    assert shown == [("slot_unwatched", "warning"), ("slot_watched_again", "info")]
+    first = said(logs).index(("slot_unwatched", "warning"))
+    assert first == slot_watch.PATIENT_LOOKS  # each of which was told, too
+
+
+async def test_a_catalog_that_refuses_is_told_at_once_for_each_reason_and_when_it_works_again(
+    database: Database, slot: str
+) -> None:
+    role = f"{slot}_role"
+    database.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'first'")
+    dsn = make_conninfo(database.dsn, user=role, password="first")  # noqa: S106
+    catalog = Catalog(dsn, application_name="watch")
+    watch = SlotWatch(catalog, slot, RetainedWalConfig(), interval_seconds=0.01)
+
+    def told() -> list[MutableMapping[str, Any]]:
+        return [one for one in logs if one["log_level"] != "debug"]
+
+    async def refused(change: str, times: int) -> None:
+        database.execute(f"ALTER ROLE {role} {change}")
+        database.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", role
+        )
+        await async_wait_until(lambda: len(told()) == times)
+        failed = len(logs)
+        await async_wait_until(lambda: len(logs) > failed + 3)  # it is not said again
+
+    with capture_logs() as logs:
+        task = asyncio.create_task(watch.run())
+        await async_wait_until(lambda: watch.vitals)
+        await refused("NOLOGIN", 1)
+        await refused("LOGIN CONNECTION LIMIT 0", 2)
+        assert watch.vitals is not None
+        assert watch.vitals.age_seconds > 0.03
+        database.execute(f"ALTER ROLE {role} CONNECTION LIMIT -1")
+        await async_wait_until(lambda: len(told()) == 3)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    await catalog.close()
+    database.execute(f"DROP ROLE {role}")
+    assert said(told()) == [
+        ("slot_unwatched", "warning"),
+        ("slot_unwatched", "warning"),
+        ("slot_watched_again", "info"),
+    ]
+    assert "not permitted to log in" in told()[0]["error"]
+    assert "too many connections" in told()[1]["error"]
 
 
 async def test_of_a_slot_that_is_gone_nothing_is_known(

@@ -36,10 +36,10 @@ class Traced:
         self._exporter = InMemorySpanExporter()
         self.provider = TracerProvider()
         self.provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self._tracing = Tracing(self.provider, slot="orders", database="shop")
+        self.tracing = Tracing(self.provider, slot="orders", database="shop")
 
     def line(self, *destinations: Any, **options: Any) -> Line:
-        return Line(*destinations, trace=self._tracing.traced, **options)
+        return Line(*destinations, trace=self.tracing.traced, **options)
 
     @property
     def spans(self) -> Sequence[ReadableSpan]:
@@ -70,6 +70,32 @@ class Sink:
     async def take(self, changes: Sequence[Change]) -> None:
         if self.failures:
             raise self.failures.pop()
+
+
+async def test_what_only_some_sinks_have_is_there_when_they_are_traced(traced: Traced) -> None:
+    class Chooser(Sink):
+        max_changes = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: list[int] = []
+
+        async def take(self, changes: Sequence[Change]) -> None:
+            self.sizes.append(len(changes))
+
+        async def reopen(self) -> None:
+            self.sizes.clear()
+
+    chooser = Chooser()
+    line = traced.line(chooser)
+    line.commit("a b c d e")
+    await line.deliver()
+    assert chooser.sizes == [2, 2, 1]
+    line.delivery.close()
+    sink: Any = traced.tracing.traced(chooser)
+    await sink.reopen()
+    assert chooser.sizes == []
+    assert not hasattr(traced.tracing.traced(Sink()), "reopen")
 
 
 def attributes(span: ReadableSpan) -> dict[str, Any]:

@@ -36,8 +36,11 @@ from walstream.assembly import Assembly
 from walstream.changes import Change
 from walstream.errors import ConfigError, SinkFailed, SinkRefused
 from walstream.policy import FailurePolicy, OnFailure, Retry
+from walstream.reload import exchange_sinks
 from walstream.sinks import redirects
-from walstream.sinks.redirects import is_public
+from walstream.sinks.envelopes import Packing
+from walstream.sinks.file import FileSink
+from walstream.sinks.redirects import Target, is_public
 from walstream.sinks.webhook import WebhookSink, retry_after_seconds
 from walstream.testing import insert, new_transaction, update
 
@@ -620,6 +623,19 @@ async def test_a_redirect_goes_to_the_address_that_was_looked_at(
         ("64:ff9b::a00:1", False),
         ("64:ff9b::808:808", True),
         ("2002:7f00:1::", False),
+        ("2002:808:808::1", True),
+        ("::127.0.0.1", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("64:ff9b:1::808:808", False),
+        ("100::1", False),
+        ("2001::1", False),
+        ("2001:db8::1", False),
+        ("3fff::1", False),
+        ("5f00::1", False),
+        ("fec0::1", False),
+        ("192.0.0.170", False),
+        ("192.88.99.1", False),
+        ("198.18.0.1", False),
     ],
 )
 def test_addresses_that_only_the_operators_network_reaches(address: str, *, public: bool) -> None:
@@ -690,6 +706,29 @@ async def test_authorities_that_cannot_be_read_are_a_mistake(
     with pytest.raises(ConfigError, match=r"sinks\.hook\.ca_file: "):
         await sink.open()
     await sink.close()
+
+
+@pytest.mark.parametrize("content", [None, "nonsense"])
+async def test_authorities_of_the_environment_that_cannot_be_read_are_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    """Also of a reload, which leaves all as it was."""
+    file = tmp_path / "ca"
+    if content is not None:
+        file.write_text(content)
+    before = FileSink("out", tmp_path / "out.jsonl")
+    await before.open()
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    sink = configured("https://example.org")
+    with pytest.raises(ConfigError, match=r"sinks\.hook: .*SSL_CERT_FILE: '.*/ca' ") as failed:
+        await exchange_sinks([before], [sink])
+    assert "SSL_CERT_FILE" in failed.value.hint
+    await sink.close()
+    await before.take(changes(1))
+    await before.close()
+    unverified = configured("https://example.org", verify=False)
+    await unverified.open()
+    await unverified.close()
 
 
 @pytest.mark.parametrize("where", ["configuration", "environment"])
@@ -764,6 +803,14 @@ async def test_secrets_reach_neither_logs_nor_errors(
     assert NEW.removeprefix("whsec_") not in seen
 
 
+def test_what_is_printed_holds_neither_values_nor_tokens() -> None:
+    change = insert("public.t", {"id": "hunter2"}, transaction=new_transaction())
+    [envelope] = Packing().pack([change])
+    assert repr(envelope) == f"Envelope(1 changes, {len(envelope.body)} bytes)"
+    target = Target(httpx.URL("https://us:hunter2@example.org/a?token=hunter2"))
+    assert repr(target) == str(target) == "Target(https://example.org/a)"
+
+
 async def test_what_others_do_with_httpx_is_logged(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -786,6 +833,7 @@ async def test_what_others_do_with_httpx_is_logged(
         ({"secret": "hunter2"}, "sinks.hook.secret: found a value; allowed: whsec_ and 24 to 64"),
         ({"secret": "whsec_aHVudGVyMg=="}, "sinks.hook.secret: found a value; allowed: whsec_"),
         ({"secret": [NEW, "hunter2"]}, "sinks.hook.secret: found a value; allowed: whsec_"),
+        ({"secret_file": ["whsec_hunter2"]}, "sinks.hook.secret_file: found a value; allowed: a p"),
         ({"secret": []}, "sinks.hook.secret: found a value; allowed: at least one"),
         ({"secret": NEW, "secret_file": "x"}, "sinks.hook: the secret is given twice"),
         ({"headers": "hunter2"}, "sinks.hook.headers: found a value; allowed: a table"),
@@ -808,6 +856,35 @@ def test_mistakes_are_told_without_secrets(keys: dict[str, Any], problem: str) -
         config.parse({"sinks": {"hook": sink}})
     assert str(failed.value).startswith(f"environment: {problem}")
     assert "hunter2" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "is_one"),
+    [
+        ("/shop/orders", True),
+        ("orders", True),
+        ("urn:example:shop", True),
+        ("https://shop.example.org:8443/a?b=c#d", True),
+        ("//[2001:db8::1]:80/a", True),
+        ("mailto:a@example.org", True),
+        ("/a%20b", True),
+        ("./a:b", True),
+        ("my shop <>", False),
+        ("/a b", False),
+        ("/a%2", False),
+        ("/a\n", False),
+        ("/caf\u00e9", False),
+        ("1a:b", False),
+        ("a#b#c", False),
+    ],
+)
+def test_the_source_of_events_is_a_uri_reference(source: str, *, is_one: bool) -> None:
+    hook = {"type": "webhook", "url": "https://e.org", "format": "cloudevents", "source": source}
+    if is_one:
+        config.parse({"sinks": {"hook": hook}})
+        return
+    with pytest.raises(ConfigError, match=r"sinks\.hook\.source: found '.* a URI-reference"):
+        config.parse({"sinks": {"hook": hook}})
 
 
 def test_a_secret_in_the_place_of_a_sink_or_a_file_is_not_shown() -> None:

@@ -57,6 +57,7 @@ def full(**differs: Any) -> Vitals:
             spilled_transactions=1,
             spills=2,
             spilled_bytes=1 << 26,
+            age_seconds=4.5,
         ),
         changes=(
             ChangeCount(Relation("public", "orders"), Operation.INSERT, Outcome.ROUTED, 1000),

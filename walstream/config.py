@@ -14,7 +14,7 @@ import itertools
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -37,7 +37,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from walstream import filters, postgres, projection
+from walstream import filters, mistakes, postgres, projection
 from walstream.backoff import Backoff
 from walstream.changes import Operation, Relation
 from walstream.destinations import MAX_TRANSACTION_CHANGES, HandlerOptions
@@ -107,10 +107,9 @@ class _Section(BaseModel):
         try:
             return cls(**content)
         except ValidationError as error:
-            problems = [
-                f"{where_from}: {_problem(detail).removeprefix(': ')}" for detail in error.errors()
-            ]
-            raise ConfigError(problems) from None
+            raise ConfigError(
+                [f"{where_from}: {problem.removeprefix(': ')}" for problem in _problems(error)]
+            ) from None
 
 
 class PostgresConfig(_Section):
@@ -472,6 +471,12 @@ SigningSecrets = Annotated[
 
 _WHSEC: Final = "whsec_"
 _SIGNING_KEY_BYTES: Final = range(24, 65)
+_URI: Final = r"([\w.~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})"
+_URI_REFERENCE: Final = re.compile(  # RFC 3986, 4.1
+    r"([A-Za-z][A-Za-z0-9+.-]*:|(?![^/?#]*:))"  # without a scheme no colon before a slash
+    rf"(//({_URI}*@)?\[[0-9A-Fa-f:.]+\])?{_URI}*(\?({_URI}|\?)*)?(#({_URI}|\?)*)?",
+    re.ASCII,
+)
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*")
 _OWN_HEADERS: Final = {
@@ -537,6 +542,16 @@ class WebhookSinkConfig(_Section):
             _signing_key(secret.get_secret_value())
         return value
 
+    @field_validator("source")
+    @classmethod
+    def _is_uri_reference(cls, value: str | None) -> str | None:
+        if value is not None and not _URI_REFERENCE.fullmatch(value):
+            raise ValueError(
+                f"found {value!r}; allowed: a URI-reference, such as /shop/orders,"
+                " urn:example:shop or https://example.org/shop"
+            )
+        return value
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.secret is not None and self.secret_file is not None:
@@ -595,7 +610,7 @@ def _signing_key(secret: str) -> bytes:
 
 def _lines(key: str, file: Path) -> list[str]:
     """Read a file of secrets, one a line."""
-    shown = "a value that looks like the secret" if str(file).startswith(_WHSEC) else str(file)
+    shown = mistakes.shown_path(file)
     try:
         lines = file.read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:
@@ -783,7 +798,7 @@ def parse(content: Mapping[str, Any], *, source: str = "environment") -> Config:
         config = Config(**content)
         content = config.model_dump()
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors()]
+        problems = _problems(error)
     except SettingsError as error:
         raise ConfigError([f"environment: {error}"], hint="it has to be JSON") from None
     problems += _dangling(content)
@@ -846,94 +861,8 @@ def _dangling(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_SECRETS: Final = {"dsn", "replication_dsn", "key", "url", "headers", "secret", "proxy"}
-_SECRET_SECTIONS: Final = {"postgres", "masking", "transactional"}
-"""In the place of a whole section, or of a file's name, the secret itself may have been put."""
-
-_ALLOWED: Final = {
-    "string_type": "a string",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "list_type": "a list",
-    "dict_type": "a table",
-    "model_type": "a table",
-    "model_attributes_type": "a table",
-    "path_type": "a path",
-    "too_short": "at least one",
-    "string_too_short": "at least one character",
-    "string_too_long": "at most 63 characters",
-}
-
-_SLOT_NAMES: Final = "lower-case letters, digits and underscores, at most 63"
-
-_PATTERNS: Final = {
-    "slot.name": _SLOT_NAMES,
-    "name": _SLOT_NAMES,  # by itself it is an option of the command line
-    "handlers.app": "module:name, such as handlers:stream",
-    "http.listen": "an address and a port, such as 127.0.0.1:8432",
-}
-
-
-def _problem(detail: Any) -> str:
-    """Turn one of pydantic's errors into key path, what was found, and what is allowed."""
-    location = _location(detail["loc"])
-    path = _path(location)
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "missing":
-        return f"{path}: is missing"
-    if kind == "extra_forbidden":
-        return f"{path}: is not a key; allowed: {', '.join(_keys(detail['loc'][:-1]))}"
-    if kind == "value_error":
-        return f"{path}: {context['error']}"
-    if kind == "union_tag_not_found":
-        return f"{path}.type: is missing; allowed: {_words(_SINKS)}"
-    if kind == "union_tag_invalid":
-        return f"{path}.type: found {context['tag']!r}; allowed: {_words(_SINKS)}"
-    found = "a value" if _may_be_secret(location) else repr(detail["input"])
-    return f"{path}: found {found}; allowed: {_allowed(path, kind, context, detail['msg'])}"
-
-
-def _may_be_secret(location: tuple[int | str, ...]) -> bool:
-    if location[-1:] == ("application_name",) or location == ("key",):  # of a handler's lanes
-        return False
-    if location[0] == "sinks" and len(location) == 2:  # noqa: PLR2004 - in the place of a whole sink
-        return True
-    return location[0] in _SECRET_SECTIONS or not _SECRETS.isdisjoint(location)
-
-
-def _allowed(path: str, kind: str, context: Mapping[str, Any], message: str) -> str:
-    match kind:
-        case "literal_error":
-            return str(context["expected"])
-        case "string_pattern_mismatch":
-            return _PATTERNS.get(path, str(context["pattern"]))
-        case "greater_than":
-            return f"more than {context['gt']}"
-        case "greater_than_equal":
-            return f"at least {context['ge']}"
-        case _:
-            return _ALLOWED.get(kind, message)
-
-
-def _location(parts: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Leave out the type of a sink, which pydantic inserts behind its name."""
-    has_tag = len(parts) > 2 and parts[0] == "sinks"  # noqa: PLR2004 - sinks, name, type
-    return (*parts[:2], *parts[3:]) if has_tag else parts
-
-
-def _words(words: Iterable[str]) -> str:
-    """Write a list: 'a', 'b' or 'c'."""
-    *others, last = [repr(word) for word in words]
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return text.removeprefix(".")
+def _problems(error: ValidationError) -> list[str]:
+    return [mistakes.problem(detail, keys=_keys, sinks=_SINKS) for detail in error.errors()]
 
 
 def _keys(location: tuple[int | str, ...]) -> list[str]:
@@ -960,19 +889,20 @@ def _secret(key: str, value: SecretStr | None, file: Path | None) -> str | None:
         return value.get_secret_value()
     if file is None:
         return None
+    shown = mistakes.shown_path(file)
     try:
         text = file.read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise ConfigError([f"{key}_file: {file} cannot be read: {error.strerror}"]) from None
+        raise ConfigError([f"{key}_file: {shown} cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError:
-        problem = f"{key}_file: {file} is not text in UTF-8"
+        problem = f"{key}_file: {shown} is not text in UTF-8"
         hint = "a key may be any text, such as openssl rand -hex 32 gives" if key == _KEY else ""
         raise ConfigError([problem], hint=hint) from None
     except ValueError:  # a NUL in its name
-        raise ConfigError([f"{key}_file: {str(file)!r} is not a path"]) from None
+        raise ConfigError([f"{key}_file: {shown!r} is not a path"]) from None
     try:
         if key.endswith("dsn"):
             postgres.check_dsn(text)
     except ValueError as error:
-        raise ConfigError([f"{key}_file: {file} {error}"]) from None
+        raise ConfigError([f"{key}_file: {shown} {error}"]) from None
     return text

@@ -83,6 +83,8 @@ class ReplicationConnection:
         self._connection = connection
         self._pgconn = connection.pgconn
         self._ended: WalstreamError | None = None
+        self._has_copied_all = False
+        self._descriptor = -1
         self._ready: asyncio.Future[None] | None = None
         self._woken = False
         self._hot = False
@@ -223,6 +225,9 @@ class ReplicationConnection:
         )
         await self._execute(f"START_REPLICATION SLOT {_identifier(slot)} LOGICAL 0/0 ({listed})")
         self._may_run_hot = self._is_tcp()
+        # One of our own: libpq closes its one as soon as it notices that the connection is cut, and
+        # the number may be another connection's before the event loop has forgotten it.
+        self._descriptor = os.dup(self._pgconn.socket)
 
     async def read(self) -> list[bytes]:
         """Wait for messages and return all that have come: at least one, unless `wake` is called.
@@ -274,7 +279,9 @@ class ReplicationConnection:
             self._pgconn.put_copy_data(message)
             self._pgconn.flush()
         except psycopg.Error as error:
-            raise self._cut(error) from error
+            self._ended = self._ended or self._cut(error)
+            self.wake()
+            raise self._ended from error
 
     async def finish(self) -> None:
         """End the stream from our side and wait until the server has read what we sent.
@@ -293,6 +300,9 @@ class ReplicationConnection:
 
     async def close(self) -> None:
         """Close the connection."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         await self._connection.close()
 
     def abandon(self) -> None:
@@ -326,6 +336,9 @@ class ReplicationConnection:
 
     def _take(self, batch: list[bytes]) -> int:
         """Add the messages that libpq holds to the batch; return their length in bytes."""
+        if self._has_copied_all:
+            self._take_result()
+            return 0
         get_copy_data = self._pgconn.get_copy_data
         size = 0
         while True:
@@ -335,8 +348,14 @@ class ReplicationConnection:
             batch.append(data)  # type: ignore[arg-type]  # bytes, whatever the annotation says
             size += length
         if length == -1:
-            self._ended = self._end_of_stream()
+            self._has_copied_all = True
+            self._take_result()
         return size
+
+    def _take_result(self) -> None:
+        """Take how the server ended the stream, if that has come: libpq would block for it."""
+        if not self._pgconn.is_busy():
+            self._ended = self._end_of_stream()
 
     def _end_of_stream(self) -> WalstreamError:
         result = self._pgconn.get_result()
@@ -357,7 +376,7 @@ class ReplicationConnection:
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
         ready = self._ready = loop.create_future()
-        descriptor = self._pgconn.socket
+        descriptor = self._descriptor
         loop.add_reader(descriptor, _wake, ready)
         try:
             await ready

@@ -49,7 +49,7 @@ from walstream.preflight import verify_routes
 from walstream.pushdown import PushedDown
 from walstream.recording import Recorder, RecordingBinding
 from walstream.recovery import SERVER_FAILURES, Action, Decision, Pauses, decide
-from walstream.reload import exchange_sinks, open_sink, verify_reloadable
+from walstream.reload import exchange_sinks, verify_reloadable
 from walstream.router import Router
 from walstream.slot_watch import SlotWatch
 from walstream.source import Source, Started
@@ -168,9 +168,10 @@ class Daemon:
         if self._session is not None:
             self._enter(Phase.STOPPING)
             self._session.stop()
-        elif self._attempt is not None:
+        else:
             self._source.abandon()  # still connecting: there is nothing to finish
-            self._attempt.cancel()
+            if self._attempt is not None:
+                self._attempt.cancel()
 
     def crash(self) -> None:
         """End as a killed process would: nothing more is confirmed, `run` is cancelled.
@@ -353,7 +354,8 @@ class Daemon:
         """Let go of everything that the process has opened, in the order in which it is used."""
         self._refuse_next()
         if self._adopting is not None:
-            await asyncio.wait([self._adopting])
+            await asyncio.wait([self._adopting], timeout=self.drain_seconds)
+            self._adopting.cancel()
         async with AsyncExitStack() as opened:
             opened.callback(self._delivery.close)
             opened.push_async_callback(self._catalog.close)
@@ -361,8 +363,7 @@ class Daemon:
                 opened.push_async_callback(target.close)
             if self._parking is not None:
                 opened.push_async_callback(self._parking.close)
-            for sink in self._assembly.sinks:
-                opened.push_async_callback(sink.close)
+            opened.push_async_callback(self._close_sinks)
 
     async def _stream_in_company(self) -> None:
         """Stream, beside what else a process does for as long as it streams."""
@@ -434,6 +435,7 @@ class Daemon:
                     hint="" if self._config.slot.shared else _SHARED,
                 )
                 self._reconnects[type(reason).__name__] += 1
+            await self._close_sinks()
             self._enter(Phase.STANDING_BY, reason.message)
             await self._pause(decision.pause_seconds)
             return
@@ -457,11 +459,19 @@ class Daemon:
         deadline = time.monotonic() + seconds
         while (rest := deadline - time.monotonic()) > 0 and not self._stopped.is_set():
             await self._pause(min(PROBE_SECONDS, rest))
-            try:
-                await self._catalog.probe()
-            except WalstreamError:
-                continue
-            return
+            probing = asyncio.create_task(self._catalog.probe())
+            await self._finished(probing)
+            probing.cancel()
+            if probing.done() and not probing.cancelled() and probing.exception() is None:
+                return
+
+    async def _finished(self, task: asyncio.Task[None]) -> None:
+        """Wait for a task to end, or for `stop`."""
+        stopped = asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -517,7 +527,7 @@ class Daemon:
             self._session, self._started = session, started
             self._enter(Phase.STREAMING)
             if self._next is not None:  # reloaded while it was being connected
-                session.stop(because=RoutesChanged(_ROUTES_CHANGED))
+                session.stop(because=RoutesChanged("the routes are reloaded: streaming anew"))
             try:
                 await self._run_session(session)
             finally:
@@ -537,9 +547,15 @@ class Daemon:
     async def _open_sinks(self) -> None:
         """Open them once the slot is free: a process that stands by leaves files to the other."""
         if not self._sinks_are_open:
-            for sink in self._assembly.sinks:
-                await open_sink(sink)
+            await exchange_sinks([], self._assembly.sinks)
             self._sinks_are_open = True
+
+    async def _close_sinks(self) -> None:
+        if self._sinks_are_open:
+            self._sinks_are_open = False
+            async with AsyncExitStack() as opened:
+                for sink in self._assembly.sinks:
+                    opened.push_async_callback(sink.close)
 
     async def _open_targets(self, started: Started) -> None:
         for target in self._assembly.targets.values():
@@ -609,6 +625,8 @@ class Daemon:
     # Other routes
 
     async def _reload(self, config: Config) -> None:
+        if self._stopped.is_set() or self._phase is Phase.STOPPED:
+            raise Unavailable(_ENDS)
         verify_reloadable(self._config, config)
         assembly = Assembly(config, self._handlers, sinks=self._extra_sinks, before=self._assembly)
         await verify_routes(self._catalog, assembly.router.routes)
@@ -618,11 +636,13 @@ class Daemon:
         self._next = _Reload(config, assembly, adopted)
         session, started = self._session, self._started
         if session is not None and started is not None:
+            why = "the reloaded routes need other tables: streaming anew"
             if started.pushed_down == pushed_down:
                 session.exchange(partial(self._exchange, started))
                 await asyncio.wait([adopted], timeout=self._config.stream.drain_seconds)
+                why = "the routes are reloaded, and what is in hand does not end: streaming anew"
             if not adopted.done():
-                session.stop(because=RoutesChanged(_ROUTES_CHANGED))
+                session.stop(because=RoutesChanged(why))
         await adopted
 
     async def _exchange(self, started: Started) -> tuple[Binding, Delivery]:
@@ -641,26 +661,30 @@ class Daemon:
             reload, self._next = self._next, None
             self._adopting = asyncio.create_task(self._adopt_or_refuse(reload))
         if self._adopting is not None:
-            await asyncio.shield(self._adopting)
-            self._adopting = None
+            await self._finished(self._adopting)
+            if self._adopting.done():
+                self._adopting.result()
+                self._adopting = None
 
     async def _adopt_or_refuse(self, reload: _Reload) -> None:
         try:
             await self._adopt(reload.assembly)
         except WalstreamError as error:
-            reload.adopted.set_exception(error)
+            if not reload.adopted.done():
+                reload.adopted.set_exception(error)
         else:
             self._config = reload.config
             self._slot_watch.policy = reload.config.retained_wal
-            reload.adopted.set_result(None)
+            if not reload.adopted.done():
+                reload.adopted.set_result(None)
         finally:
             reload.adopted.cancel()  # where it is not resolved, a bug is on its way up
 
     def _refuse_next(self) -> None:
         """Tell who waits for a reload that the stream has ended before it."""
-        if self._next is not None:
-            self._next.adopted.set_exception(Unavailable("the stream ends, nothing was reloaded"))
-            self._next = None
+        reload, self._next = self._next, None
+        if reload is not None and not reload.adopted.done():
+            reload.adopted.set_exception(Unavailable(_ENDS))
 
     async def _adopt(self, new: Assembly) -> None:
         """Take over other routes and sinks.
@@ -694,12 +718,12 @@ COUNT_SECONDS: Final = 10.0
 """How often the dead letters are counted."""
 
 
+_ENDS: Final = "the stream ends, nothing was reloaded"
+
 _SHARED: Final = (
     "two processes of one service both need shared = true under [slot], or the one that is started"
     " after the other has streamed takes that for a gap"
 )
-
-_ROUTES_CHANGED: Final = "the routes were reloaded and need other tables: streaming anew"
 
 
 def _at_position(reason: WalstreamError, failures: int, flush_lsn: Lsn) -> WalstreamError:

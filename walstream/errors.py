@@ -28,6 +28,7 @@
     │   ├── SlotBusy                another process streams from the slot
     │   ├── SlotExhausted           no free replication slot or walsender at this moment
     │   ├── SlotCreationBlocked     the slot waits for transactions that do not end
+    │   ├── ReplayRuns              another process replays the slot's dead letters
     │   ├── TargetUnavailable       the database that a transactional handler writes to
     │   └── ClusterFailed           the private cluster did not start
     ├── DeliveryError               the author of a handler, the owner of a destination   exit 75
@@ -40,6 +41,7 @@
     │   │   └── SinkRefused         the receiver of a sink refuses a change for good
     │   ├── OutputClosed            the reader of the standard output is gone
     │   ├── DeadLettersFull         no room for another dead letter
+    │   ├── LettersLeft             dead letters that were to be replayed are still there
     │   └── DeadLetterStoreFailed   dead letters could not be stored or read
     └── StreamBroken                us, or the output plugin                           exit 70
         ├── ProtocolError           bytes that the replication protocol does not allow
@@ -184,7 +186,7 @@ class ServerShutdown(Unavailable):
 
 
 class RoutesChanged(Unavailable):
-    """The stream ends and begins anew at once, because reloaded routes need other tables."""
+    """The stream ends and begins anew at once, with reloaded routes."""
 
 
 class SlotBusy(Unavailable):

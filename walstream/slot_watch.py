@@ -11,11 +11,18 @@ import asyncio
 import time
 from typing import Final
 
+import msgspec
 import structlog
 
 from walstream.catalog import Catalog
 from walstream.config import RetainedWalConfig
-from walstream.errors import RetainedWalExceeded, SlotBusy, SlotMissing, WalstreamError
+from walstream.errors import (
+    RetainedWalExceeded,
+    SlotBusy,
+    SlotMissing,
+    Unavailable,
+    WalstreamError,
+)
 from walstream.lsn import ZERO
 from walstream.slots import SlotStatus, drop_slot, slot_status
 from walstream.vitals import SlotVitals
@@ -25,8 +32,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.slot_watch")
 INTERVAL_SECONDS: Final = 10.0
 """How often the slot is looked at."""
 
-AT_RISK_FRACTION: Final = 0.1
-"""So little of max_slot_wal_keep_size left is a risk."""
+PATIENT_LOOKS: Final = 6
+"""So many looks in a row may fail before it is said, where waiting may help."""
 
 FREE_SECONDS: Final = 10.0
 FREE_PAUSE_SECONDS: Final = 0.1
@@ -36,7 +43,6 @@ FREE_PAUSE_SECONDS: Final = 0.1
 class SlotWatch:
     """Looks at a slot again and again, and applies the policy for retained WAL.
 
-    ``vitals`` is what the server said last; None before that, and while there is no such slot.
     ``policy`` may be replaced at any time; it holds from the next look on.
     """
 
@@ -48,24 +54,30 @@ class SlotWatch:
         *,
         interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
-        self.vitals: SlotVitals | None = None
         self._catalog = catalog
         self._slot_name = slot_name
         self.policy = policy
         self._interval_seconds = interval_seconds
-        self._looked_at: float | None = None
+        self._said: SlotVitals | None = None
+        self._looked_at = 0.0
+        self._failed_looks = 0
+        self._warned_of_failure: str | None = None
         self._warned_of_bytes: int | None = None
         self._at_risk = False
 
     @property
-    def age_seconds(self) -> float | None:
-        """How long ago the server said what ``vitals`` holds."""
-        return None if self._looked_at is None else time.monotonic() - self._looked_at
+    def vitals(self) -> SlotVitals | None:
+        """What the server said last; None before that, and while there is no such slot."""
+        if self._said is None:
+            return None
+        age_seconds = time.monotonic() - self._looked_at
+        return msgspec.structs.replace(self._said, age_seconds=age_seconds)
 
     async def run(self) -> None:
         """Look until cancelled.
 
-        A server that does not answer ends nothing here: the stream itself shows how it is.
+        A server that does not answer ends nothing here: the stream itself shows how it is. But it
+        may go on while the catalog refuses, and then nobody applies the policy: that is said.
 
         Raises:
             RetainedWalExceeded: the slot retains more than the policy allows.
@@ -75,8 +87,14 @@ class SlotWatch:
                 await self.look()
             except RetainedWalExceeded:
                 raise
+            except SlotMissing as error:  # the server has answered
+                log.debug("slot_look_failed", slot=self._slot_name, error=error.message)
+                self._note_success()
             except WalstreamError as error:
                 log.debug("slot_look_failed", slot=self._slot_name, error=error.message)
+                self._note_failure(error)
+            else:
+                self._note_success()
             await asyncio.sleep(self._interval_seconds)
 
     async def look(self) -> None:
@@ -89,9 +107,9 @@ class SlotWatch:
         try:
             status = await slot_status(self._catalog, self._slot_name)
         except SlotMissing:
-            self.vitals = None
+            self._said = None
             raise
-        self.vitals, self._looked_at = _vitals(status), time.monotonic()
+        self._said, self._looked_at = _vitals(status), time.monotonic()
         self._apply(status)
 
     async def drop(self) -> None:
@@ -109,7 +127,7 @@ class SlotWatch:
             await drop_slot(self._catalog, self._slot_name)
         except SlotMissing:
             return
-        self.vitals = None
+        self._said = None
         log.error(
             "slot_dropped",
             slot=self._slot_name,
@@ -118,6 +136,29 @@ class SlotWatch:
             hint="what was committed after this position is not delivered: bring it over by other"
             " means, then walstream slot create",
         )
+
+    def _note_failure(self, error: WalstreamError) -> None:
+        """Warn once of each reason; of one that may pass by itself, when it has not for a while."""
+        self._failed_looks += 1
+        may_pass = isinstance(error, Unavailable)
+        # Of what passes the words may change with each attempt.
+        reason = type(error).__name__ if may_pass else error.message
+        if reason == self._warned_of_failure or (may_pass and self._failed_looks < PATIENT_LOOKS):
+            return
+        self._warned_of_failure = reason
+        log.warning(
+            "slot_unwatched",
+            slot=self._slot_name,
+            error=error.message,
+            hint="until dsn under [postgres] works again, [retained_wal] is not applied, and"
+            " metrics of the slot are old",
+        )
+
+    def _note_success(self) -> None:
+        self._failed_looks = 0
+        if self._warned_of_failure is not None:
+            self._warned_of_failure = None
+            log.info("slot_watched_again", slot=self._slot_name)
 
     async def _freed(self) -> SlotStatus:
         """Wait until the walsender is gone, which outlives its connection by a moment."""
@@ -177,7 +218,7 @@ class SlotWatch:
 
     def _warn_of_loss(self, status: SlotStatus) -> None:
         """Warn once when the server is about to give the slot up."""
-        was_at_risk, self._at_risk = self._at_risk, _is_at_risk(status)
+        was_at_risk, self._at_risk = self._at_risk, status.is_at_risk
         if self._at_risk and not was_at_risk:
             log.warning(
                 "slot_at_risk",
@@ -204,13 +245,6 @@ def _vitals(status: SlotStatus) -> SlotVitals:
         spills=status.spills,
         spilled_bytes=status.spilled_bytes,
     )
-
-
-def _is_at_risk(status: SlotStatus) -> bool:
-    safe, keep = status.safe_wal_size_bytes, status.max_slot_wal_keep_size_bytes
-    if status.wal_status == "unreserved":
-        return True
-    return safe is not None and keep is not None and safe < keep * AT_RISK_FRACTION
 
 
 def _why(status: SlotStatus) -> str:

@@ -38,6 +38,9 @@ A primary that is being written to says so every 15 seconds, an idle one does no
 FAILOVER_VERSION: Final = 170_000
 """The first version whose standbys keep copies of slots."""
 
+AT_RISK_FRACTION: Final = 0.1
+"""So little of max_slot_wal_keep_size left is a risk."""
+
 
 class Holder(msgspec.Struct, frozen=True):
     """Who streams from a slot. Without the rights of pg_monitor only the PID is known."""
@@ -80,6 +83,14 @@ class SlotStatus(msgspec.Struct, frozen=True):
     spilled_transactions: int | None = None
     spills: int | None = None
     spilled_bytes: int | None = None
+
+    @property
+    def is_at_risk(self) -> bool:
+        """Whether the server is about to give the slot up, and the changes with it."""
+        safe, keep = self.safe_wal_size_bytes, self.max_slot_wal_keep_size_bytes
+        if self.wal_status == "unreserved":
+            return True
+        return safe is not None and keep is not None and safe < keep * AT_RISK_FRACTION
 
 
 async def slot_status(catalog: Catalog, name: str) -> SlotStatus:

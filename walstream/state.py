@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from walstream.errors import SetupError
+from walstream.files import sync_directory
 from walstream.lineage import Lineage
 from walstream.lsn import Lsn
 from walstream.worker import Worker
@@ -86,7 +87,11 @@ class StateFile:
             if not self._failed:
                 self._failed = True
                 log.error(  # noqa: TRY400 - the reason says it all
-                    "state_not_written", path=str(self.path), error=error.strerror
+                    "state_not_written",
+                    path=str(self.path),
+                    error=error.strerror,
+                    hint="if the old file stays, a start may take for a gap what is none, and wants"
+                    " --accept-gap then",
                 )
         else:
             self._failed = False
@@ -139,19 +144,10 @@ class StateFile:
             file.flush()
             os.fsync(file.fileno())
         written.replace(self.path)
-        _sync_folder(self.path.parent)
+        sync_directory(self.path.parent)
         self._recorded = lineage
 
     def _try_folder(self) -> None:
         probe = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
         probe.touch()
         probe.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new file's name durable too."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -284,7 +284,9 @@ class Session:
         self._group = group
         self._deliver()
         try:
-            async with asyncio.timeout(None) as self._deadline:
+            # A stop may have come before there was anything to end.
+            seconds = self._drain_seconds if self._stopping else None
+            async with asyncio.timeout(seconds) as self._deadline:
                 try:
                     await self._pump()
                 except Unavailable:
@@ -486,7 +488,8 @@ class Session:
             self._recording = asyncio.create_task(self._record_up_to(flush_lsn))
         await asyncio.wait([self._recording], timeout=within_seconds)
         if self._recording.done():
-            self._recording = None
+            done, self._recording = self._recording, None
+            done.result()
 
     async def _record_up_to(self, flush_lsn: Lsn) -> None:
         await self._record(flush_lsn)

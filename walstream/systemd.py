@@ -91,6 +91,7 @@ class Notifier:
 
     def stopping(self, within_seconds: float | None = None) -> None:
         """Tell that it ends, and for how long that may take if ``TimeoutStopSec`` is shorter."""
+        self._is_reloading = False  # whoever still reads a configuration has nothing more to tell
         more = ""
         if within_seconds is not None:
             more = f"\nEXTEND_TIMEOUT_USEC={_microseconds(within_seconds)}"

@@ -130,12 +130,15 @@ class Tracing:
 
 
 class _TracedSink:
-    """A sink with spans around ``take``."""
+    """A sink with spans around ``take``; what only some sinks have, it has if the sink has it."""
 
     def __init__(self, sink: Sink, tracing: Tracing) -> None:
         self.name = sink.name
         self._sink = sink
         self._tracing = tracing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sink, name)  # ``max_changes`` and ``reopen``
 
     async def open(self) -> None:
         await self._sink.open()

@@ -116,7 +116,7 @@ class SlotVitals(msgspec.Struct, frozen=True):
     """What the server last said of the slot; None for what its version does not tell.
 
     ``spilled_bytes`` is what the walsender wrote to disk because ``logical_decoding_work_mem`` did
-    not hold it, since the slot's statistics were reset.
+    not hold it, since the slot's statistics were reset. ``age_seconds`` is how long ago it said so.
     """
 
     confirmed_flush_lsn: Lsn = ZERO
@@ -128,6 +128,7 @@ class SlotVitals(msgspec.Struct, frozen=True):
     spilled_transactions: int | None = None
     spills: int | None = None
     spilled_bytes: int | None = None
+    age_seconds: float = 0.0
 
 
 class Vitals(msgspec.Struct, frozen=True):

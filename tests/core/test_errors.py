@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from walstream import errors
 from walstream.backoff import Backoff
 from walstream.errors import ConfigError, SlotBusy, WalstreamError
 
@@ -21,6 +24,19 @@ def test_every_error_has_one_of_the_documented_exit_codes() -> None:
     for kind in kinds:
         kinds += kind.__subclasses__()
     assert {kind.exit_code for kind in kinds} == {64, 70, 75, 78}
+
+
+def test_the_tree_shows_every_error_below_its_parent() -> None:
+    drawn: dict[str, str] = {}
+    way = ["WalstreamError"]
+    for branch, name in re.findall(r"^    ([│ ]*[├└]── )(\w+)", errors.__doc__ or "", re.MULTILINE):
+        way = [*way[: len(branch) // 4], name]
+        drawn[name] = way[-2]
+    kinds = [WalstreamError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    ours = [kind for kind in kinds[1:] if kind.__module__ == errors.__name__]
+    assert drawn == {kind.__name__: kind.__base__.__name__ for kind in ours if kind.__base__}
 
 
 def test_pauses_double_up_to_the_longest() -> None:

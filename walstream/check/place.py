@@ -27,6 +27,9 @@ from walstream.lsn import ZERO, Lsn
 from walstream.slots import slot_status
 from walstream.state import STATE_DIRECTORY, StateFile, state_path
 
+_LOCKS: Final = Path("/proc/locks")
+"""All locks of all files; Linux has it."""
+
 # ---- The state file
 
 
@@ -95,6 +98,12 @@ def unwritable_folder(path: Path) -> Outcome | None:
     """Say what keeps a file from being written, and its folder from taking new ones."""
     path = path.absolute()
     folder = path.parent
+    try:
+        path.stat()
+    except PermissionError:
+        return _closed(path)
+    except OSError:
+        pass  # what is not there is told below
     if not folder.exists():
         return problem(
             f"the folder {folder} is not there", f"$ mkdir -p {shlex.quote(str(folder))}"
@@ -103,17 +112,33 @@ def unwritable_folder(path: Path) -> Outcome | None:
         return problem(f"{folder} is not a folder", "-- name another path")
     for place, what in ((folder, "folder"), (path, "file")):
         if place.exists() and not os.access(place, os.W_OK | (os.X_OK if what == "folder" else 0)):
-            return problem(
-                f"{getpass.getuser()} may not write to the {what} {place}", _let_write(place)
-            )
+            return problem(f"{_who()} may not write to the {what} {place}", _let_write(place))
     return None
+
+
+def _closed(path: Path) -> Outcome:
+    """Name the first folder on the way that may not be entered: nobody sees what is behind it."""
+    way = reversed(path.parents)
+    closed = next((one for one in way if not os.access(one, os.X_OK)), path.parent)
+    mend = f"-- let {_who()} enter {closed}, or name another path"
+    if closed.stat().st_uid == os.geteuid():
+        mend = f"$ chmod u+rwx {shlex.quote(str(closed))}"
+    return problem(f"{_who()} may not enter the folder {closed}", mend)
 
 
 def _let_write(path: Path) -> str:
     if path.stat().st_uid == os.geteuid():
         rights = "u+rwx" if path.is_dir() else "u+rw"
         return f"$ chmod {rights} {shlex.quote(str(path))}"
-    return f"-- let {getpass.getuser()} write to {path}, or run walstream as its owner"
+    return f"-- let {_who()} write to {path}, or run walstream as its owner"
+
+
+def _who() -> str:
+    """Name the user; in a container it may be a number that nobody has given a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # from Python 3.13 on the latter
+        return f"the user {os.geteuid()}"
 
 
 # ---- Sinks
@@ -214,10 +239,17 @@ def _is_local(host: str) -> bool:
 
 
 def _lock_holders(path: Path) -> Iterator[int]:
-    """Give the processes that hold a lock on a file; trying to lock it could hinder them."""
+    """Give the processes that hold a lock on a file; trying to lock it could hinder them.
+
+    None are known where the system does not tell them.
+    """
     status = path.stat()
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+    try:
+        locks = _LOCKS.read_text(encoding="ascii")
+    except OSError:  # not Linux, or hidden
+        return
+    for line in locks.splitlines():
         fields = line.split()
         if "->" not in fields and device in fields:
             yield int(fields[4])

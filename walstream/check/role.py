@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
 from walstream.check.findings import Outcome, identifier, ok, problem, skipped, warning
 from walstream.check.site import Question, Site
 
 
 async def _replication(site: Site) -> Outcome:
-    name = _streaming_role(site)
+    name = site.streaming_role
     rights = await _rights(site, name)
     if rights is None:
         return skipped(f"the catalog does not know {name}")
@@ -60,14 +59,6 @@ async def _heartbeat(site: Site) -> Outcome | None:
 async def _rights(site: Site, name: str) -> tuple[bool, bool] | None:
     rows = await site.catalog.rows(_ROLE, {"name": name})
     return (bool(rows[0][0]), bool(rows[0][1])) if rows else None
-
-
-def _streaming_role(site: Site) -> str:
-    """Whom replication connects as, or would if it were let in."""
-    if site.walsender is not None:
-        return site.walsender.user
-    named = conninfo_to_dict(site.config.postgres.streaming_dsn()).get("user")
-    return str(named or site.catalog_user)
 
 
 QUESTIONS: Final = (

@@ -84,7 +84,7 @@ def judge_version(major: int, minor: int, named: str, day: date) -> Outcome:
         return warning(
             f"{named} lacks the fix of CVE-2026-6471; {major}.{guarded}, which has it, refuses"
             " wal2json until that is allowed",
-            f"-- upgrade the server to {major}.{guarded} or later, and at once:",
+            f"-- upgrade the server to {major}.{guarded} or later, and right after that:",
             *set_to("output_plugin_libraries", ALLOWED_PLUGINS),
         )
     return ok(named)
@@ -205,8 +205,10 @@ async def _wal_sender_timeout(site: Site) -> Outcome:
     if site.walsender is not None:
         cursor = await site.walsender.session.execute(_TIMEOUT)
         (row,) = await cursor.fetchall()
+        asked = site.walsender.user
     else:
         (row,) = await site.catalog.rows(_TIMEOUT)
+        asked = site.catalog_user  # whose own setting was seen, be it not who streams
     text, milliseconds, source = row
     if milliseconds == 0:
         found = "0: a walsender whose client has vanished keeps the slot for hours"
@@ -214,7 +216,7 @@ async def _wal_sender_timeout(site: Site) -> Outcome:
         found = f"{text}: a pause of that length, of the network or a machine, ends the stream"
     else:
         return ok(text)
-    role = identifier(_streaming_role(site))
+    role = identifier(asked)
     database = identifier(site.links["catalog"].database if site.links else "")
     own = {
         "user": f"ALTER ROLE {role} RESET wal_sender_timeout;",
@@ -222,10 +224,6 @@ async def _wal_sender_timeout(site: Site) -> Outcome:
         "database user": f"ALTER ROLE {role} IN DATABASE {database} RESET wal_sender_timeout;",
     }
     return warning(found, *([own[source]] if source in own else set_to(_TIMEOUT_NAME, "'60s'")))
-
-
-def _streaming_role(site: Site) -> str:
-    return site.walsender.user if site.walsender is not None else site.catalog_user
 
 
 async def _synchronous(site: Site) -> Outcome | None:

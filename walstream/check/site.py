@@ -14,7 +14,7 @@ from psycopg.rows import TupleRow
 
 from walstream.assembly import Attached, make_router
 from walstream.catalog import Catalog, Query
-from walstream.check.findings import Finding, Outcome, failed, skipped, unreachable
+from walstream.check.findings import Finding, Outcome, failed, problem, skipped, unreachable
 from walstream.config import Config
 from walstream.connection import ReplicationConnection
 from walstream.errors import ConfigError, ConnectionLost, UsageError, WalstreamError
@@ -199,6 +199,14 @@ class Site:
         return next((_LACKING[need] for need in needs if not present[need]), "")
 
     @property
+    def streaming_role(self) -> str:
+        """Whom replication connects as, or would if it were let in."""
+        if self.walsender is not None:
+            return self.walsender.user
+        named = conninfo_to_dict(self.config.postgres.streaming_dsn()).get("user")
+        return str(named or self.catalog_user)
+
+    @property
     def replication(self) -> ReplicationConnection:
         """The replication connection, for questions that need it."""
         assert self.walsender is not None  # noqa: S101 - what they need is looked at before
@@ -251,6 +259,12 @@ async def answered(site: Site, answer: Awaitable[Outcome | None]) -> Outcome | N
         failure = error
     except psycopg.Error as error:
         failure = server_error(error)
+    except OSError as error:  # this machine's, not the server's
+        where = f"{error.filename}: " if error.filename else ""
+        return problem(
+            f"{where}{error.strerror or type(error).__name__}",
+            "-- see that the user whom walstream runs as may look there",
+        )
     finally:
         timer.cancel()
     # Cut by ourselves: that it is cut says nothing about the server.

@@ -21,10 +21,7 @@ from walstream.check.findings import (
 )
 from walstream.check.site import Question, Site
 from walstream.errors import SlotBusy, SlotLost, SlotMissing, SlotUnfit
-from walstream.slots import FAILOVER_VERSION, PLUGIN, SlotStatus, slot_status, usable_slot
-
-AT_RISK_FRACTION: Final = 0.1
-"""So little of max_slot_wal_keep_size left is a risk."""
+from walstream.slots import FAILOVER_VERSION, PLUGIN, slot_status, usable_slot
 
 SPILLED_FRACTION: Final = 0.1
 """So much of what was decoded may go through the disk."""
@@ -91,17 +88,12 @@ async def _retained_wal(site: Site) -> Outcome:
                 *_create_again(site),
                 "-- and start once with --accept-gap, where a state file is kept",
             )
-    if status.wal_status == "unreserved" or _is_at_risk(status):
+    if status.is_at_risk:
         return warning(f"{found}: the slot is about to be lost", *catch_up, _RAISE)
     if limits.warn_at_bytes is not None and retained >= limits.warn_at_bytes:
         return warning(f"{found}: above warn_at_bytes ({size(limits.warn_at_bytes)})", *catch_up)
     is_much = status.wal_status == "extended"
     return warning(f"{found}: more than max_wal_size", *catch_up) if is_much else ok(found)
-
-
-def _is_at_risk(status: SlotStatus) -> bool:
-    bound, safe = status.max_slot_wal_keep_size_bytes, status.safe_wal_size_bytes
-    return bound is not None and safe is not None and safe < AT_RISK_FRACTION * bound
 
 
 async def _vacuum(site: Site) -> Outcome | None:
@@ -124,7 +116,7 @@ async def _spills(site: Site) -> Outcome | None:
     found = f"{transactions} transactions, {size(spilled_bytes)} of {size(total_bytes)}"
     if spilled_bytes < SPILLED_FRACTION * total_bytes:
         return ok(found)
-    role = identifier(site.walsender.user if site.walsender else site.catalog_user)
+    role = identifier(site.streaming_role)
     return warning(
         f"{found} went through the disk: logical_decoding_work_mem is {work_mem_text}",
         f"ALTER ROLE {role} SET logical_decoding_work_mem = '{_more(work_mem)}MB';",

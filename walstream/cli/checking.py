@@ -122,12 +122,17 @@ def _line(finding: Finding, width: int, console: Console) -> Text:
     """Lay a finding out; SQL is never broken, so that it can be copied."""
     text = Text("  ")
     text.append(f"{finding.status:<{_STATUS_WIDTH}}", style=_STYLES[finding.status])
-    text.append(f"  {finding.name:<{width}}  ", style="dim")
-    text.append(_wrapped(finding.found, len(text), console))
+    text.append(f"  {_printable(finding.name):<{width}}  ", style="dim")
+    text.append(_wrapped(_printable(finding.found), len(text), console))
     indent = " " * (_STATUS_WIDTH + 4)
-    for line in _shortened(finding.mend.splitlines()):
-        text.append(f"\n{indent}{line}", style="cyan")
+    for line in _shortened(finding.mend.split("\n") if finding.mend else []):
+        text.append(f"\n{indent}{_printable(line)}", style="cyan")
     return text
+
+
+def _printable(text: str) -> str:
+    """Show what would command the terminal; names of tables may hold anything."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def _wrapped(found: str, indent: int, console: Console) -> str:

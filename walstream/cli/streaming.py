@@ -7,6 +7,7 @@ import gc
 import importlib
 import os
 import secrets
+import signal
 import sys
 import traceback
 from contextlib import ExitStack
@@ -66,6 +67,7 @@ def run(
     once. SIGHUP reads the configuration again: routes, sinks and the log level are taken over while
     it streams, and files are reopened.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     settings = load_config(config, dsn)
     logs.configure(settings.log.level, settings.log.format)
     tell_ignored_environment()

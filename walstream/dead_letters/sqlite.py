@@ -39,6 +39,7 @@ from walstream.dead_letters.rows import (
 )
 from walstream.dead_letters.store import LetterQuery, StoredLetter, Verify, replay_runs
 from walstream.errors import DeadLetterStoreFailed
+from walstream.files import sync_directory
 from walstream.keys import WHOLE_TABLE, Key
 from walstream.worker import Worker
 
@@ -202,7 +203,7 @@ class SqliteStore:
             message = f"the folder of dead letters {self.path.parent} is not there"
             hint = "make it, or set dead_letters.path"
             raise DeadLetterStoreFailed(message, hint=hint) from None
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
 
     def _tell_readable(self) -> None:
         mode = stat.S_IMODE(self.path.stat().st_mode)
@@ -418,15 +419,6 @@ def _time(time: datetime) -> str:
 def _lsn(lsn: int) -> str:
     """Write a position so that the texts sort as the positions do; SQLite has no 64 bits for it."""
     return f"{lsn:016X}"
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the new file's name durable too."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _DEFAULT_HINT: Final = "see to the file and its disk, then start again"

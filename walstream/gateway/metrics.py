@@ -155,6 +155,12 @@ def _slot(vitals: Vitals) -> Iterator[Metric]:
     )
     yield _gauge(
         vitals,
+        "walstream_slot_age_seconds",
+        "How long ago the server said what is told of the slot",
+        None if vitals.slot is None else slot.age_seconds,
+    )
+    yield _gauge(
+        vitals,
         "walstream_retained_wal_bytes",
         "WAL on the server's disk that is kept for the slot",
         slot.retained_wal_bytes,

@@ -43,6 +43,10 @@ class Envelope(msgspec.Struct, frozen=True):
     changes: tuple[Change, ...]
     body: bytes
 
+    def __repr__(self) -> str:
+        """Print without the body, which holds row values."""
+        return f"Envelope({len(self.changes)} changes, {len(self.body)} bytes)"
+
     @property
     def first(self) -> str:
         """The id of the first change."""

@@ -19,7 +19,8 @@ import structlog
 
 from walstream.changes import Change
 from walstream.errors import DeliveryError, SinkFailed
-from walstream.sinks.rotation import Shelf, sync_directory
+from walstream.files import sync_directory
+from walstream.sinks.rotation import Shelf
 from walstream.worker import Worker
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.sinks.file")
@@ -27,6 +28,15 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.sinks.file")
 Fsync: TypeAlias = Literal["always", "interval", "never"]
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PLACE: Final = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EINVAL,
+)
 _TAIL_BYTES: Final = 1 << 16
 _CLOSE_SECONDS: Final = 1.0
 _SHORTEST_SLEEP_SECONDS: Final = 0.005
@@ -157,7 +167,13 @@ class FileSink:
                 f"sink {self.name}: another process writes to {self.path}",
                 hint="give each process, and each sink, a file of its own",
             )
-        hint = "make room on its file system" if error.errno in _FULL else ""
+        if error.errno in _FULL:
+            hint = "make room on its file system"
+        elif error.errno in _NO_PLACE:
+            hint = f"path under [sinks.{self.name}] has to name a file, in a folder that is there"
+            hint += " and that walstream may write to"
+        else:
+            hint = ""
         why = error.strerror or type(error).__name__
         return SinkFailed(f"sink {self.name}: {self.path} {what}: {why}", hint=hint)
 

@@ -23,6 +23,16 @@ MAX_REDIRECTS: Final = 3
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+"""All that is given out of IPv6; nothing else of it is the Internet's, whatever it is called."""
+
+_NOT_GLOBAL: Final = (
+    ipaddress.ip_network("192.0.0.0/24"),
+    ipaddress.ip_network("192.88.99.0/24"),  # relays of 6to4
+    ipaddress.ip_network("2001::/23"),
+    ipaddress.ip_network("3fff::/20"),
+)
+"""What IANA's registries say beyond what older versions of Python know."""
 
 
 class RedirectRefused(Exception):
@@ -39,6 +49,10 @@ class Target(msgspec.Struct, frozen=True):
     url: httpx.URL
     address: str = ""
     is_trusted: bool = True
+
+    def __repr__(self) -> str:
+        """Print without what may be secret."""
+        return f"Target({self.shown})"
 
     @property
     def shown(self) -> str:
@@ -77,6 +91,10 @@ def is_public(address: Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
+        if address not in _GLOBAL_UNICAST:
+            return False
+    if any(address in network for network in _NOT_GLOBAL):
+        return False
     return address.is_global and not address.is_multicast
 
 

@@ -18,6 +18,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+from walstream.files import sync_directory
+
 _TIME_FORMAT: Final = "%Y%m%dT%H%M%S.%fZ"
 _TIME: Final = r"\d{8}T\d{6}\.\d{6}Z"
 _COMPRESSED: Final = ".gz"
@@ -166,12 +168,3 @@ def _compress_into(source: int, target: int) -> None:
         gzip.GzipFile("", "wb", _COMPRESSION_LEVEL, raw, status.st_mtime) as writer,
     ):
         shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names of new files durable too."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -121,7 +121,7 @@ class WebhookSink:
         """Prepare to connect; the receiver need not be there yet.
 
         Raises:
-            ConfigError: the URL, a secret, the proxy or the file of authorities is none.
+            ConfigError: the URL, a secret, the proxy or the file of authorities cannot be used.
         """
         options = self._options
         self._keys = options.read_keys()
@@ -411,13 +411,32 @@ class _Clients:
 
     def _tls_context(self) -> ssl.SSLContext:
         options = self._options
-        if options.ca_file is None:
-            return httpx.create_ssl_context(verify=options.verify)
         try:
+            if options.ca_file is None:
+                return httpx.create_ssl_context(verify=options.verify)
             return ssl.create_default_context(cafile=options.ca_file)
-        except OSError as error:
-            why = "holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
-            raise ConfigError([f"sinks.{self._sink}.ca_file: {options.ca_file} {why}"]) from None
+        except (OSError, ValueError) as error:
+            raise self._unreadable_authorities(error) from None
+
+    def _unreadable_authorities(self, error: OSError | ValueError) -> ConfigError:
+        own, named = self._options.ca_file, os.environ.get("SSL_CERT_FILE")
+        if isinstance(error, ssl.SSLError):
+            why = "holds no certificates"
+        elif isinstance(error, OSError):
+            why = f"cannot be read: {error.strerror}"
+        else:  # a NUL in its name
+            why = "is not a path"
+        if own is not None:
+            return ConfigError(
+                [f"sinks.{self._sink}.ca_file: {str(own)!r} {why}"],
+                hint="it is a file of certificates in PEM that this process may read",
+            )
+        where = f"SSL_CERT_FILE: {named!r}" if named else "the file of the package certifi"
+        return ConfigError(
+            [f"sinks.{self._sink}: certificate authorities: {where} {why}"],
+            hint="name a file of certificates in PEM that this process may read in SSL_CERT_FILE,"
+            " or in the sink's ca_file",
+        )
 
 
 # ---- What others log
