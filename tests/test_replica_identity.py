@@ -117,7 +117,7 @@ async def test_changes_without_an_identity_are_counted_and_logged_once_a_table(
     assert [change.key or change.row["id"] for change in stream.changes] in ([{"id": 9}], [9])
     assert summary.lost == 6
     lost = [entry for entry in logs if entry["event"] == "changes_lost"]
-    assert [entry["table"] for entry in lost] == ['"public"."plain"']
+    assert [entry["table"] for entry in lost] == ["public.plain"]
 
 
 async def test_a_move_between_partitions_is_a_delete_and_an_insert(database: Database) -> None:

@@ -212,6 +212,7 @@ class Catalog:
             toastable=toastable,
             is_full=table is not None and table.replica_identity == "f",
             in_catalog=table is not None,
+            table_columns=tuple((column.name, column.typeoid) for column in now),
         )
 
     async def learn_types(self, oids: Iterable[int]) -> None:

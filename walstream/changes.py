@@ -58,6 +58,8 @@ class Layout(msgspec.Struct, eq=False, frozen=True):
     ``missing`` names those that records of this shape leave out and that can hold TOASTed values.
     ``toastable`` are all that can, and ``is_full`` tells of REPLICA IDENTITY FULL, both as the
     catalog had it when the shape first came; ``in_catalog`` that it had the relation at all.
+    ``table_columns`` are the table's columns and types then: shapes of different ones are of
+    different times.
     """
 
     relation: Relation
@@ -71,6 +73,7 @@ class Layout(msgspec.Struct, eq=False, frozen=True):
     toastable: tuple[str, ...] = ()
     is_full: bool = False
     in_catalog: bool = True
+    table_columns: tuple[tuple[str, int], ...] = ()
     places: dict[str, int] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -131,7 +131,7 @@ class _Message(msgspec.Struct, tag_field="action", tag="M", gc=False):
 _Record = _Begin | _Commit | _Insert | _Update | _Delete | _Truncate | _Message
 
 
-MOST_SHAPES_OF_A_TABLE: Final = 256
+MOST_SHAPES_OF_A_TABLE: Final = 128
 MOST_SHAPES: Final = 20_000
 """How many shapes are remembered, some 10 kB each with what is bound to them.
 
@@ -175,14 +175,15 @@ class Decoder:
         """Add a shape that `UnknownLayout` asked for; the newest shapes are tried first.
 
         Those are forgotten that were learned when the table had other columns: what they leave out
-        may be another thing now. And the oldest are, when there are too many.
+        may be another thing now, and most do not come again. And the oldest are, when there are too
+        many.
 
         Returns:
             What was forgotten; it may be asked for again.
         """
         name = (layout.relation.schema, layout.relation.name)
         known = self._layouts.pop(name, [])  # it comes last now: tables that are in use stay
-        current = [one for one in known if one.toastable == layout.toastable]
+        current = [one for one in known if _is_of_one_time(one, layout)]
         self._layouts[name] = kept = [layout, *current][:MOST_SHAPES_OF_A_TABLE]
         forgotten = [one for one in known if one not in kept]
         self._count += 1 - len(forgotten)
@@ -305,6 +306,10 @@ class Decoder:
             return Message(decoded.prefix, decoded.content, lsn)
         self._ordinal += 1
         return Message(decoded.prefix, decoded.content, lsn, self._transaction, self._ordinal)
+
+
+def _is_of_one_time(one: Layout, other: Layout) -> bool:
+    return one.table_columns == other.table_columns and one.toastable == other.toastable
 
 
 def _length(columns: msgspec.Raw) -> int:
