@@ -692,13 +692,14 @@ class Daemon:
         Raises:
             WalstreamError: a sink cannot be opened; all is as it was.
         """
-        parking = self._parking
-        if parking is None:
-            parking = new.parking()
-            if parking is not None:
+        async with AsyncExitStack() as opened:
+            parking = self._parking or new.parking()
+            if parking is not None and self._parking is None:
                 await parking.open()
-        if self._sinks_are_open:
-            await exchange_sinks(self._assembly.sinks, new.sinks)
+                opened.push_async_callback(parking.close)
+            if self._sinks_are_open:
+                await exchange_sinks(self._assembly.sinks, new.sinks)
+            opened.pop_all()  # it is used from here on
         new.router.adopt_counts(self.router)
         delivery = new.delivery(parking)
         delivery.adopt(self._delivery)
