@@ -8,6 +8,7 @@ import msgspec
 
 from walstream.changes import Operation, Relation
 from walstream.lsn import Lsn
+from walstream.summary import RouteSummary
 from walstream.vitals import (
     CALL_SECONDS_BOUNDS,
     CallTimes,
@@ -16,7 +17,6 @@ from walstream.vitals import (
     LostCount,
     Outcome,
     Phase,
-    RouteVitals,
     SlotVitals,
     Vitals,
 )
@@ -65,7 +65,7 @@ def full(**differs: Any) -> Vitals:
             ChangeCount(Relation("odd", 'a "b"\\\n é'), Operation.UPDATE, Outcome.ROUTED, 200),
         ),
         lost=(LostCount("public.heap", "update", 6),),
-        routes=(RouteVitals("orders", 900, 90, 10), RouteVitals("orders", 1, 2, 3)),
+        routes=(RouteSummary("orders", 900, 90, 10), RouteSummary("orders", 1, 2, 3)),
         destinations=(
             DestinationVitals(
                 "orders", 900, 8, 1, 2, 3, 4, waiting=3, held_seconds=0.5, calls=CALLS

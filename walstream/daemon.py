@@ -61,7 +61,7 @@ from walstream.stream import (
     first_failure,
 )
 from walstream.summary import DestinationSummary, RouteSummary, Summary
-from walstream.vitals import LostCount, Phase, RouteVitals, Vitals
+from walstream.vitals import LostCount, Phase, Vitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
 
@@ -256,10 +256,7 @@ class Daemon:
             sessions=self._sessions,
             lost=self._lost.counts.total(),
             flush_lsn=self._acknowledger.flush_lsn,
-            routes=tuple(
-                RouteSummary(route.name, counts.matched, counts.filtered, counts.absent)
-                for route, counts in self.router.counted()
-            ),
+            routes=self._routes(),
             destinations=tuple(
                 DestinationSummary(name=name, **msgspec.structs.asdict(counts))
                 for name, counts in self._delivery.counts.items()
@@ -310,11 +307,14 @@ class Daemon:
                 LostCount(table, operation, count)
                 for (operation, table), count in self._lost.counts.items()
             ),
-            routes=tuple(
-                RouteVitals(route.name, counts.matched, counts.filtered, counts.absent)
-                for route, counts in self.router.counted()
-            ),
+            routes=self._routes(),
             destinations=delivery.destinations(),
+        )
+
+    def _routes(self) -> tuple[RouteSummary, ...]:
+        return tuple(
+            RouteSummary(route.name, counts.matched, counts.filtered, counts.absent)
+            for route, counts in self.router.counted()
         )
 
     def _lag_bytes(self) -> int:

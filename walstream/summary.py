@@ -8,7 +8,7 @@ from walstream.lsn import Lsn
 
 
 class RouteSummary(msgspec.Struct, frozen=True):
-    """What became of one route's changes."""
+    """What became of one route's changes; ``absent`` for lack of a column that its filter needs."""
 
     name: str
     matched: int

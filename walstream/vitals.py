@@ -13,6 +13,7 @@ import msgspec
 
 from walstream.changes import Operation, Relation
 from walstream.lsn import ZERO, Lsn
+from walstream.summary import DestinationSummary, RouteSummary
 
 
 class Phase(StrEnum):
@@ -74,15 +75,6 @@ class LostCount(msgspec.Struct, frozen=True):
     count: int
 
 
-class RouteVitals(msgspec.Struct, frozen=True):
-    """What a route kept and dropped; ``absent`` for lack of a column that its filter looks at."""
-
-    name: str
-    matched: int
-    filtered: int
-    absent: int
-
-
 class CallTimes(msgspec.Struct, frozen=True):
     """How long a destination's calls took: how many within each bound, and all in all.
 
@@ -97,16 +89,9 @@ CALL_SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 """The upper bounds of the buckets that the lengths of calls are counted in, in seconds."""
 
 
-class DestinationVitals(msgspec.Struct, frozen=True):
+class DestinationVitals(DestinationSummary, frozen=True):
     """What became of what was handed to a destination, how long it took, and what waits."""
 
-    name: str
-    delivered: int
-    retries: int
-    skipped: int
-    dead_lettered: int
-    parked: int
-    redelivered: int
     waiting: int = 0
     held_seconds: float = 0.0
     calls: CallTimes = CallTimes()
@@ -167,5 +152,5 @@ class Vitals(msgspec.Struct, frozen=True):
     slot: SlotVitals | None = None
     changes: tuple[ChangeCount, ...] = ()
     lost: tuple[LostCount, ...] = ()
-    routes: tuple[RouteVitals, ...] = ()
+    routes: tuple[RouteSummary, ...] = ()
     destinations: tuple[DestinationVitals, ...] = ()
