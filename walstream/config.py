@@ -707,7 +707,7 @@ class StreamConfig(_Section):
     standby_poll_seconds: Seconds = 1.0
     stalled_after_seconds: Seconds = 5.0
     receive_timeout_seconds: Seconds = 60.0
-    heartbeat_seconds: Seconds | None = None
+    heartbeat_seconds: Annotated[float, Field(ge=0.1)] | None = None
 
 
 class LogConfig(_Section):

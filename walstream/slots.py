@@ -155,8 +155,9 @@ async def usable_slot(catalog: Catalog, name: str) -> SlotStatus:
         message = f"the slot {name} is lost{reason}: changes that it had to keep are gone"
         raise SlotLost(
             message,
-            hint=f"walstream slot drop --name {name}, create it again, and bring what is missing"
-            " over by other means; max_slot_wal_keep_size bounds what a slot may retain",
+            hint=f"walstream slot drop --name {name}, create it again, bring what is missing over"
+            " by other means, and start with --accept-gap where a state file is kept;"
+            " max_slot_wal_keep_size bounds what a slot may retain",
         )
     if status.synced and in_recovery:
         message = f"the slot {name} is this standby's copy of the primary's until it is promoted"
