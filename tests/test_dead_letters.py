@@ -1105,11 +1105,14 @@ async def test_commits_are_durable_whatever_the_database_says(database: Database
     await store.close()
 
 
+ROLE_SECRET: Final = secrets.token_hex(8)
+
+
 @pytest.fixture
 def role(database: Database) -> Iterator[str]:
-    """A role that may do nothing but connect."""
+    """A role that may do nothing but connect, also where the server wants a password."""
     name = f"Letters {secrets.token_hex(4)}"
-    database.execute(f'CREATE ROLE "{name}" LOGIN')
+    database.execute(f"CREATE ROLE \"{name}\" LOGIN PASSWORD '{ROLE_SECRET}'")
     yield name
     database.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"')
 
@@ -1117,7 +1120,7 @@ def role(database: Database) -> Iterator[str]:
 async def test_a_role_that_may_not_make_the_tables_is_told_what_to_run(
     database: Database, role: str
 ) -> None:
-    dsn = psycopg.conninfo.make_conninfo(database.dsn, user=role)
+    dsn = psycopg.conninfo.make_conninfo(database.dsn, user=role, password=ROLE_SECRET)
     store = in_postgres(dsn)
     with pytest.raises(AccessRefused, match="may not make the tables") as caught:
         await store.open()
@@ -1135,7 +1138,9 @@ async def test_a_role_that_may_not_use_the_tables_is_told_what_to_run(
     owner = in_postgres(database.dsn)
     await owner.open()
     await owner.close()
-    store = in_postgres(psycopg.conninfo.make_conninfo(database.dsn, user=role))
+    store = in_postgres(
+        psycopg.conninfo.make_conninfo(database.dsn, user=role, password=ROLE_SECRET)
+    )
     with pytest.raises(AccessRefused, match="may not use the tables") as caught:
         await store.open()
     database.execute(caught.value.hint)
@@ -1183,7 +1188,10 @@ async def test_the_sql_makes_the_same_tables(database: Database, role: str) -> N
     database.execute("DROP SCHEMA walstream CASCADE")
     run_twice(database.dsn, "05_dead_letters.sql", role=role)
     assert (database.execute(TABLES), database.execute(INDEXES)) == made
-    for dsn in (database.dsn, psycopg.conninfo.make_conninfo(database.dsn, user=role)):
+    for dsn in (
+        database.dsn,
+        psycopg.conninfo.make_conninfo(database.dsn, user=role, password=ROLE_SECRET),
+    ):
         store = in_postgres(dsn)
         await store.open(create=False)
         await store.add([letter(1)])
