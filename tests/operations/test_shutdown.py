@@ -27,16 +27,22 @@ stream = Walstream()
 folder = Path(__file__).parent
 
 
+def holds() -> bool:
+    # Whichever holds first is told: once in-flight is full, the other is given nothing.
+    if is_holding := folder.joinpath("hold").exists():
+        folder.joinpath("held").touch()
+    return is_holding
+
+
 @stream.on("*.*", name="one")
 async def hold(change: Change) -> None:
-    while folder.joinpath("hold").exists():
-        folder.joinpath("held").touch()
+    while holds():
         await asyncio.sleep(0.01)
 
 
 @stream.on("*.*", name="threads", concurrency=4)
 def hold_a_thread(change: Change) -> None:
-    while folder.joinpath("hold").exists():
+    while holds():
         time.sleep(0.01)
 """
 
