@@ -20,7 +20,6 @@ from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -40,6 +39,7 @@ from pydantic_settings import (
 from walstream import filters, mistakes, postgres, projection
 from walstream.backoff import Backoff
 from walstream.changes import Operation, Relation
+from walstream.config.section import MASKING_KEY, Bytes, Seconds, Section, in_bytes, read_secret
 from walstream.destinations import MAX_TRANSACTION_CHANGES, HandlerOptions
 from walstream.errors import ConfigError, FilterError
 from walstream.policy import FailurePolicy, OnFailure
@@ -60,38 +60,11 @@ _NOT_CONFIGURATION: Final = re.compile(
     r"WALSTREAM_(TEST_.*|PG_BIN|SERVICE_.*|PORT(_.*)?)"  # SERVICE and PORT are Kubernetes' links
 )
 
-_KEY: Final = "masking.key"
-
 OperationName = Literal["insert", "update", "delete", "truncate"]
-Seconds = Annotated[float, Field(gt=0)]
-
-_UNITS: Final = {"B": 1, "kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
 
-def _in_bytes(value: object) -> object:
-    """Read a size as Postgres' settings do, whose units are powers of 1,024."""
-    if not isinstance(value, str):
-        return value
-    matched = re.fullmatch(r"(\d+)\s*(B|kB|MB|GB|TB)?", value.strip())
-    if matched is None:
-        raise ValueError(f"found {value!r}; allowed: bytes, or a size such as '512MB' or '50GB'")
-    return int(matched[1]) * _UNITS[matched[2] or "B"]
-
-
-_BYTES_SCHEMA: Final = {
-    "anyOf": [
-        {"type": "integer", "exclusiveMinimum": 0},
-        {"type": "string", "pattern": r"^\s*\d+\s*(B|kB|MB|GB|TB)?\s*$"},
-    ]
-}
-
-Bytes = Annotated[
-    int, BeforeValidator(_in_bytes), Field(gt=0), WithJsonSchema(_BYTES_SCHEMA, mode="validation")
-]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+class _Declared(Section):
+    """What decorators and options say, too."""
 
     @classmethod
     def declared(cls, where_from: str, /, **content: Any) -> Self:
@@ -112,7 +85,7 @@ class _Section(BaseModel):
             ) from None
 
 
-class PostgresConfig(_Section):
+class PostgresConfig(_Declared):
     """How to reach the database.
 
     ``dsn`` serves the catalog and, unless ``replication_dsn`` is given, replication too. Give both
@@ -138,7 +111,7 @@ class PostgresConfig(_Section):
         Raises:
             ConfigError: ``dsn_file`` cannot be read.
         """
-        return _secret("postgres.dsn", self.dsn, self.dsn_file) or ""
+        return read_secret("postgres.dsn", self.dsn, self.dsn_file) or ""
 
     def streaming_dsn(self) -> str:
         """Return the connection string for replication.
@@ -146,11 +119,13 @@ class PostgresConfig(_Section):
         Raises:
             ConfigError: ``replication_dsn_file`` or ``dsn_file`` cannot be read.
         """
-        own = _secret("postgres.replication_dsn", self.replication_dsn, self.replication_dsn_file)
+        own = read_secret(
+            "postgres.replication_dsn", self.replication_dsn, self.replication_dsn_file
+        )
         return own or self.catalog_dsn()
 
 
-class SlotConfig(_Section):
+class SlotConfig(_Declared):
     """The replication slot. ``create`` makes it when it is not there.
 
     ``failover`` makes it one that standbys keep a copy of (PostgreSQL 17 and later). ``shared``
@@ -167,7 +142,7 @@ class SlotConfig(_Section):
 _WARN_AT_BYTES: Final = 10 << 30
 
 
-class RetainedWalConfig(_Section):
+class RetainedWalConfig(Section):
     """What is done when the slot retains much WAL on the server's disk; None for nothing.
 
     At ``warn_at_bytes`` it is logged. At ``stop_at_bytes`` the process ends with an error, so that
@@ -188,7 +163,7 @@ class RetainedWalConfig(_Section):
             return content
         limits = [content.get("stop_at_bytes"), content.get("drop_slot_at_bytes")]
         try:
-            given = [size for size in map(_in_bytes, limits) if isinstance(size, int)]
+            given = [size for size in map(in_bytes, limits) if isinstance(size, int)]
         except ValueError:
             return content  # told of the key itself
         lower = min([_WARN_AT_BYTES, *(size * 4 // 5 for size in given if size > 1)])
@@ -209,7 +184,7 @@ class RetainedWalConfig(_Section):
         return self
 
 
-class StateConfig(_Section):
+class StateConfig(Section):
     """Where it is kept which cluster and position were confirmed last.
 
     With it a failover, a restore or a slot made anew while the process did not run is noticed.
@@ -220,19 +195,19 @@ class StateConfig(_Section):
     path: Path | None = None
 
 
-class HttpConfig(_Section):
+class HttpConfig(Section):
     """Health and metrics by HTTP: ``listen`` is an address and port; None for none."""
 
     listen: str | None = Field(None, pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s\[\]]+):\d{1,5}$")
 
 
-class TracingConfig(_Section):
+class TracingConfig(Section):
     """OpenTelemetry: spans of calls; where they go is told by OTEL_... variables."""
 
     enabled: bool = False
 
 
-class ColumnsConfig(_Section):
+class ColumnsConfig(Section):
     """Which columns a route passes on, and which of them masked."""
 
     include: list[str] | None = None
@@ -251,7 +226,7 @@ OnFailureName = Literal["stop", "dead_letter", "skip"]
 ColumnNames = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 
 
-class HandlersConfig(_Section):
+class HandlersConfig(Section):
     """The handlers, and what is done when a destination fails, unless its route says otherwise."""
 
     app: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
@@ -262,7 +237,7 @@ class HandlersConfig(_Section):
     on_failure: OnFailureName = "stop"
 
 
-class FailureSpec(_Section):
+class FailureSpec(_Declared):
     """What is done when a route's destination fails; None for what ``[handlers]`` says."""
 
     attempts: int | None = Field(None, ge=1)
@@ -279,7 +254,7 @@ class FailureSpec(_Section):
         )
 
 
-class _Wanted(_Section):
+class _Wanted(_Declared):
     table: str
     operations: list[OperationName] | None = Field(None, min_length=1)
     where: str | None = None
@@ -355,7 +330,7 @@ class MessageSpec(FailureSpec):
         return MessageRoute(name, self.prefix, destination, self.policy(defaults))
 
 
-class CallSpec(_Section):
+class CallSpec(_Declared):
     """How a handler wants to be called: what decorators say beside the route."""
 
     model_config = ConfigDict(strict=True)  # "yes" is no way to say True in Python
@@ -416,13 +391,13 @@ class RouteConfig(RouteSpec):
     name: str | None = Field(None, min_length=1)
 
 
-class StdoutSinkConfig(_Section):
+class StdoutSinkConfig(Section):
     """The standard output, one JSON object a line."""
 
     type: Literal["stdout"]
 
 
-class FileSinkConfig(_Section):
+class FileSinkConfig(Section):
     """A file, one JSON object a line, fsynced before a change counts as taken.
 
     ``fsync``, which can say otherwise, and what is about rotation are explained in
@@ -492,7 +467,7 @@ _OWN_HEADERS: Final = {
 }
 
 
-class WebhookSinkConfig(_Section):
+class WebhookSinkConfig(Section):
     """A receiver of changes by HTTP.
 
     ``secret`` signs as Standard Webhooks do. What the other keys mean is explained in
@@ -625,14 +600,14 @@ SinkConfig = Annotated[
     StdoutSinkConfig | FileSinkConfig | WebhookSinkConfig, Field(discriminator="type")
 ]
 
-_SINKS: Final[dict[str, type[_Section]]] = {
+_SINKS: Final[dict[str, type[Section]]] = {
     "stdout": StdoutSinkConfig,
     "file": FileSinkConfig,
     "webhook": WebhookSinkConfig,
 }
 
 
-class DeadLettersConfig(_Section):
+class DeadLettersConfig(Section):
     """Where the changes are kept that their destinations did not take.
 
     ``path`` is for ``sqlite``, ``dsn`` and ``schema`` for ``postgres``; without a ``dsn`` it is the
@@ -660,10 +635,10 @@ class DeadLettersConfig(_Section):
         Raises:
             ConfigError: ``dsn_file`` cannot be read.
         """
-        return _secret("dead_letters.dsn", self.dsn, self.dsn_file)
+        return read_secret("dead_letters.dsn", self.dsn, self.dsn_file)
 
 
-class MaskingConfig(_Section):
+class MaskingConfig(Section):
     """The key of ``hash`` masks."""
 
     key: SecretStr | None = None
@@ -675,11 +650,11 @@ class MaskingConfig(_Section):
         Raises:
             ConfigError: ``key_file`` cannot be read.
         """
-        text = _secret(_KEY, self.key, self.key_file)
+        text = read_secret(MASKING_KEY, self.key, self.key_file)
         return text.encode() if text else None
 
 
-class StreamConfig(_Section):
+class StreamConfig(Section):
     """How long things may take, and how much may be in flight.
 
     ``drain_seconds`` bounds what a stop waits for. A call that lasts longer than
@@ -710,7 +685,7 @@ class StreamConfig(_Section):
     heartbeat_seconds: Annotated[float, Field(ge=0.1)] | None = None
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """Logging to stderr.
 
     ``error_messages`` lets the text of handlers' exceptions into the log: it may hold row values.
@@ -880,29 +855,3 @@ def _keys(location: tuple[int | str, ...]) -> list[str]:
         case (str(section),):
             model = Config.model_fields[section].annotation
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _secret(key: str, value: SecretStr | None, file: Path | None) -> str | None:
-    if value is not None and file is not None:
-        raise ConfigError([f"{key}: is given twice, as {key} and as {key}_file"])
-    if value is not None:
-        return value.get_secret_value()
-    if file is None:
-        return None
-    shown = mistakes.shown_path(file)
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError([f"{key}_file: {shown} cannot be read: {error.strerror}"]) from None
-    except UnicodeDecodeError:
-        problem = f"{key}_file: {shown} is not text in UTF-8"
-        hint = "a key may be any text, such as openssl rand -hex 32 gives" if key == _KEY else ""
-        raise ConfigError([problem], hint=hint) from None
-    except ValueError:  # a NUL in its name
-        raise ConfigError([f"{key}_file: {shown!r} is not a path"]) from None
-    try:
-        if key.endswith("dsn"):
-            postgres.check_dsn(text)
-    except ValueError as error:
-        raise ConfigError([f"{key}_file: {shown} {error}"]) from None
-    return text
