@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak check bench format containers lock setup setup-python clean
+.PHONY: help demo test faults soak check bench bench-fanout format containers lock setup setup-python clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -30,6 +30,9 @@ check: setup-python ## linters, types and the layers of the imports
 
 bench: setup ## walstream against pg_recvlogical (ARGS="--json")
 	@$(PYTHON) -m bench $(ARGS)
+
+bench-fanout: setup ## thousands of clients by HTTP: changes a second, latency, memory (ARGS="--json")
+	@$(PYTHON) -m bench.fanout $(ARGS)
 
 containers: ## docker-compose.yml up from nothing, a change through it, and down (COMPOSE, ENGINE)
 	@scripts/compose-check

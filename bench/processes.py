@@ -18,7 +18,8 @@ from typing import Final, Self, TypeVar
 
 import msgspec
 
-_ROOT: Final = Path(__file__).parent.parent
+ROOT: Final = Path(__file__).parent.parent
+"""The folder that modules are started from."""
 
 TIMEOUT_SECONDS: Final = 600.0
 """A process that takes longer hangs."""
@@ -45,8 +46,8 @@ class Worker:
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=_ROOT,
-            env=_environment(),
+            cwd=ROOT,
+            env=own_environment(),
         )
         assert self._process.stdin is not None
         with self._process.stdin as pipe:
@@ -91,7 +92,7 @@ def run_program(command: Sequence[str], environment: Mapping[str, str]) -> Usage
     """Run a program that is not ours, and wait for its end."""
     used_before, started = _cpu_seconds(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run(
-        command, env={**_environment(), **environment}, timeout=TIMEOUT_SECONDS, check=True
+        command, env={**own_environment(), **environment}, timeout=TIMEOUT_SECONDS, check=True
     )
     seconds = time.monotonic() - started
     return Usage(seconds, _cpu_seconds(resource.RUSAGE_CHILDREN) - used_before)
@@ -120,7 +121,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="ascii").splitlines() if path.exists() else []
 
 
-def _environment() -> dict[str, str]:
+def own_environment() -> dict[str, str]:
     """Ours, without what would change how a client behaves."""
     return {
         name: value

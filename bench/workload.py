@@ -86,14 +86,22 @@ def slot(connection: psycopg.Connection, name: str, *, copy_of: str = "") -> Ite
     try:
         yield name
     finally:
-        # The walsender of a client that has just gone still holds it for a moment.
-        _one(
-            connection,
-            "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
-            " WHERE slot_name = %s",
-            name,
-        )
-        _one(connection, "SELECT pg_drop_replication_slot(%s)", name)
+        drop_slot(connection, name)
+
+
+def drop_slot(connection: psycopg.Connection, name: str) -> None:
+    """Drop a slot, also when somebody still holds it; nothing happens where there is none."""
+    # The walsender of a client that has just gone still holds it for a moment.
+    connection.execute(
+        "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+        " WHERE slot_name = %s",
+        [name],
+    )
+    connection.execute(
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
+        " WHERE slot_name = %s",
+        [name],
+    )
 
 
 def confirmed(connection: psycopg.Connection, slot_name: str) -> Lsn:

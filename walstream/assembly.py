@@ -6,8 +6,11 @@ letters to it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, assert_never
+
+import msgspec
 
 from walstream.catalog import Catalog
 from walstream.config import (
@@ -19,10 +22,14 @@ from walstream.config import (
     StdoutSinkConfig,
     WebhookSinkConfig,
 )
+from walstream.config.live import LiveSinkConfig
 from walstream.dead_letters import DeadLetterStore, make_store
 from walstream.delivery import Delivery, Limits
 from walstream.destinations import Destination, Handler, Sink
 from walstream.errors import ConfigError, UsageError
+from walstream.live.history import History, Recent
+from walstream.live.hub import Hub
+from walstream.live.sink import LiveSink, history_of
 from walstream.parking import Parking
 from walstream.policy import OnFailure
 from walstream.router import MessageRoute, Route, Router
@@ -63,25 +70,45 @@ class Assembly:
             ConfigError: a route cannot be made.
         """
         self._config = config
+        self.catalog = Catalog(
+            config.postgres.catalog_dsn,
+            application_name=f"{config.postgres.application_name} catalog"[:63],
+        )
+        if before is not None:
+            self.catalog = before.catalog
         self._configured = {
-            name: _sink_again(name, sink, before, config.slot.name)
-            for name, sink in config.sinks.items()
+            name: self._sink_again(name, sink, before) for name, sink in config.sinks.items()
         }
         self.sinks = [sink for _, sink in self._configured.values()]
         self.sinks += [sink for _, sink in sinks]
         self.router = make_router(
             config, handlers, sinks=sinks, by_name={sink.name: sink for sink in self.sinks}
         )
-        self.catalog: Catalog
         self.targets: dict[Destination, TransactionalTarget]
         if before is not None:
-            self.catalog, self.targets = before.catalog, before.targets
+            self.targets = before.targets
             return
-        self.catalog = Catalog(
-            config.postgres.catalog_dsn,
-            application_name=f"{config.postgres.application_name} catalog"[:63],
-        )
         self.targets = _targets(config, [handler for _, handler in handlers], replaying=replaying)
+
+    @property
+    def live(self) -> LiveSink | None:
+        """The sink that clients are behind, if there is one."""
+        return next((sink for sink in self.sinks if isinstance(sink, LiveSink)), None)
+
+    def live_routes(self) -> list[Route]:
+        """List the routes that lead to it."""
+        return [route for route in self.router.routes if route.destination is self.live]
+
+    def live_history(self, systemid: str) -> str:
+        """Say under which rules changes are kept for clients (`history_of`)."""
+        config = self._config
+        return history_of(systemid, config.slot.name, self.live_routes(), config.masking.secret())
+
+    def _sink_again(
+        self, name: str, config: SinkConfig, before: Assembly | None
+    ) -> tuple[SinkConfig, Sink]:
+        kept = None if before is None else before.kept(name, config)
+        return config, kept or _sink(name, config, self._config, self.catalog)
 
     def kept(self, name: str, config: SinkConfig) -> Sink | None:
         """Return the sink of that name, if it was made of the same configuration."""
@@ -153,7 +180,7 @@ def make_router(
     ]
     router = Router(
         [
-            spec.route(name, destination, masking_key, defaults, own)
+            _with_patience(spec.route(name, destination, masking_key, defaults, own))
             for spec, name, destination in (*to_handlers, *to_sinks)
         ],
         [
@@ -164,6 +191,16 @@ def make_router(
     )
     _verify_routes(_all_routes(router))
     return router
+
+
+def _with_patience(route: Route) -> Route:
+    """Let the route to clients be tried until it works: a change that is left out is a gap."""
+    if not isinstance(route.destination, LiveSink):
+        return route
+    policy = msgspec.structs.replace(
+        route.policy, attempts=sys.maxsize, deadline_seconds=None, on_failure=OnFailure.STOP
+    )
+    return msgspec.structs.replace(route, policy=policy)
 
 
 def needs_everything(router: Router) -> bool:
@@ -196,14 +233,7 @@ def letters_of(config: Config, slot: str | None = None) -> DeadLetterStore:
     )
 
 
-def _sink_again(
-    name: str, config: SinkConfig, before: Assembly | None, slot: str
-) -> tuple[SinkConfig, Sink]:
-    kept = None if before is None else before.kept(name, config)
-    return config, kept or _sink(name, config, slot)
-
-
-def _sink(name: str, config: SinkConfig, slot: str) -> Sink:
+def _sink(name: str, config: SinkConfig, settings: Config, catalog: Catalog) -> Sink:
     match config:
         case StdoutSinkConfig():
             return StdoutSink(name)
@@ -221,9 +251,16 @@ def _sink(name: str, config: SinkConfig, slot: str) -> Sink:
                 ),
             )
         case WebhookSinkConfig():
-            return _webhook(name, config, slot)
+            return _webhook(name, config, settings.slot.name)
+        case LiveSinkConfig():
+            return LiveSink(name, Hub(catalog, _history(settings)))
         case _:
             assert_never(config)
+
+
+def _history(settings: Config) -> History:
+    live = settings.live
+    return Recent(live.recent_changes, live.recent_bytes)
 
 
 def _webhook(name: str, config: WebhookSinkConfig, slot: str) -> Sink:

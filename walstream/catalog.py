@@ -263,14 +263,22 @@ class Catalog:
         before, self._partitions = self._partitions, row
         return before != row
 
-    async def normalise(self, literals: Sequence[Literal]) -> dict[Literal, str]:
+    async def normalise(
+        self, literals: Sequence[Literal], *, remember: bool = True
+    ) -> dict[Literal, str]:
         """Let the server read a filter's values as the types of their columns.
+
+        Args:
+            literals: the values.
+            remember: keep the answers; not for what strangers ask.
 
         Raises:
             FilterError: a value does not parse; the column, its type and the server's reason.
         """
+        answers: dict[Literal, str] = {}
         for literal in literals:
             if literal in self._normalised:
+                answers[literal] = self._normalised[literal]
                 continue
             try:
                 (row,) = await self._retrying(literal.sql.encode(), (literal.text,))
@@ -280,8 +288,10 @@ class Catalog:
                 raise FilterError(message) from None
             except psycopg.Error as error:
                 raise server_error(error) from error
-            self._normalised[literal] = row[0]
-        return {literal: self._normalised[literal] for literal in literals}
+            answers[literal] = row[0]
+            if remember:
+                self._normalised[literal] = row[0]
+        return answers
 
     async def _fetch_types(self, oids: list[int]) -> None:
         rows = await self.rows(_TYPES, {"oids": oids})

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import structlog
 
+from walstream.access.gate import Gate
 from walstream.acknowledger import Acknowledger
 from walstream.assembly import Assembly, Attached, needs_everything
 from walstream.backoff import Backoff
@@ -41,6 +42,7 @@ from walstream.errors import (
 from walstream.gateway import Gateway
 from walstream.health import Lag, stalled, stuck_seconds
 from walstream.heartbeat import Heartbeat
+from walstream.live.hub import Hub
 from walstream.loop_watch import watch_loop
 from walstream.lsn import ZERO, Lsn
 from walstream.outlets import Held
@@ -62,6 +64,9 @@ from walstream.stream import (
 )
 from walstream.summary import DestinationSummary, RouteSummary, Summary
 from walstream.vitals import LostCount, Phase, Vitals
+
+if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.daemon")
 
@@ -145,6 +150,8 @@ class Daemon:
         self._lag = Lag(time.time())
         self._letters: int | None = None
         self._sinks_are_open = False
+        self._systemid = ""
+        self._live_history = ""
         self._server_lsn = ZERO
 
     # What others ask and tell
@@ -338,9 +345,7 @@ class Daemon:
                 watch_loop(asyncio.get_running_loop(), self._config.stream.stuck_after_seconds)
             )
             if self._config.http.listen is not None:
-                await opened.enter_async_context(
-                    Gateway.open(self._config.http.listen, self.vitals)
-                )
+                await self._open_gateway(opened)
             if self._parking is not None:
                 await self._parking.open()
             await self._source.prepare()
@@ -349,6 +354,24 @@ class Daemon:
         if self._failure is not None:
             raise self._failure
         return self.summary()
+
+    async def _open_gateway(self, opened: AsyncExitStack) -> None:
+        config = self._config
+        gate = Gate(
+            config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
+        )
+        opened.push_async_callback(gate.close)
+
+        def make_routes() -> Sequence[BaseRoute]:
+            from walstream.gateway.routes import make_routes  # noqa: PLC0415 - needs the extra
+
+            return make_routes(config, gate, self._hub)
+
+        await opened.enter_async_context(Gateway.open(config.http, self.vitals, make_routes))
+
+    def _hub(self) -> Hub | None:
+        live = self._assembly.live
+        return None if live is None else live.hub
 
     async def _close(self) -> None:
         """Let go of everything that the process has opened, in the order in which it is used."""
@@ -514,6 +537,7 @@ class Daemon:
             if self._until_now and self._until is None:
                 self._until = started.server.flush_lsn
             await self._open_targets(started)
+            await self._begin_live(started)
             self._acknowledger = Acknowledger(started.confirmed)
             self._delivery.attach(self._acknowledger)
             session = self._new_session(started)
@@ -568,6 +592,34 @@ class Daemon:
                 history=started.history,
             )
 
+    async def _begin_live(self, started: Started) -> None:
+        self._systemid = started.identity.systemid
+        live = self._assembly.live
+        if live is not None:
+            live.hub.routes = self._assembly.live_routes()
+            self._live_history = self._assembly.live_history(self._systemid)
+            await live.begin(started.confirmed, self._live_history)
+
+    async def _renew_live(self) -> None:
+        """Go on for clients after a reload; under other routes their history begins anew.
+
+        Only while it streams: otherwise the next session does it.
+        """
+        live = self._assembly.live
+        if live is None or self._session is None:
+            return
+        live.hub.routes = self._assembly.live_routes()
+        history = self._assembly.live_history(self._systemid)
+        if history != self._live_history or not live.hub.has_begun:
+            self._live_history = history
+            await live.begin(self.flush_lsn, history)
+
+    async def _record(self, flush_lsn: Lsn) -> None:
+        """Note, before it is confirmed, that all up to a position is taken."""
+        if self._assembly.live is not None:
+            await self._assembly.live.cover(flush_lsn)
+        await self._source.record(flush_lsn)
+
     def _new_session(self, started: Started) -> Session:
         stream = self._config.stream
         return Session(
@@ -578,7 +630,7 @@ class Daemon:
             self._acknowledger,
             self._counts,
             check_routes=partial(self._check_routes, started),
-            record=self._source.record,
+            record=self._record,
             on_message=None if self._heartbeat is None else self._heartbeat.received,
             drain_seconds=stream.drain_seconds,
             release_after_seconds=stream.release_after_seconds,
@@ -705,6 +757,7 @@ class Daemon:
         delivery.adopt(self._delivery)
         self._delivery.close()
         self._assembly, self._parking, self._delivery = new, parking, delivery
+        await self._renew_live()
 
 
 class _Reload(NamedTuple):

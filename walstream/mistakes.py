@@ -27,7 +27,9 @@ _SECRET_SECTIONS: Final = {"postgres", "masking", "transactional"}
 """In the place of a whole section, or of a file's name, the secret itself may have been put."""
 
 _LONGEST_PLAIN_NAME: Final = 20
-_LIKE_SECRET: Final = re.compile(r"whsec_.*|postgres(ql)?:.*|.*password\s*=.*", re.DOTALL)
+_LIKE_SECRET: Final = re.compile(
+    r"whsec_.*|postgres(ql)?:.*|.*password\s*=.*|\s*-----BEGIN.*", re.DOTALL
+)
 
 _ALLOWED: Final = {
     "string_type": "a string",
@@ -96,7 +98,7 @@ def _may_be_secret(location: Location) -> bool:
     if location[-1:] == ("application_name",) or location == ("key",):  # of a handler's lanes
         return False
     match location:
-        case ("sinks",) | ("sinks", _) | ("dead_letters",):  # in the place of all of it
+        case ("sinks",) | ("sinks", _) | ("dead_letters",) | ("access",):  # in place of all of it
             return True
     return location[0] in _SECRET_SECTIONS or not _SECRETS.isdisjoint(location)
 

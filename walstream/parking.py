@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from walstream.changes import Change
 from walstream.dead_letters.letters import DeadLetter, payload_of
-from walstream.dead_letters.store import DeadLetterStore
+from walstream.dead_letters.store import DeadLetterStore, LetterQuery, StoredLetter
 from walstream.destinations import Item
 from walstream.keys import WHOLE_TABLE, Key
 
@@ -52,6 +52,14 @@ class Parking:
         """
         letters, _ = await self._store.size()
         return letters
+
+    async def letters(self, query: LetterQuery) -> list[StoredLetter]:
+        """Return letters in the order of the stream, without their changes.
+
+        Raises:
+            DeadLetterStoreFailed: they cannot be read.
+        """
+        return await self._store.select(query, payloads=False)
 
     @property
     def is_used(self) -> bool:

@@ -102,6 +102,15 @@ class Projection:
         return included and name not in self._exclude
 
     @property
+    def rules(self) -> tuple[list[str] | None, list[str], dict[str, str]]:
+        """Include, exclude and masks, in a form that is the same for the same rules."""
+        return (
+            None if self._include is None else sorted(self._include),
+            sorted(self._exclude),
+            {name: str(mask) for name, mask in sorted(self._mask.items())},
+        )
+
+    @property
     def masks(self) -> Mapping[str, Mask]:
         """The masks by column, also of columns that are not passed on."""
         return self._mask

@@ -415,7 +415,9 @@ class RecordedCatalog(Catalog):
     async def renew_types(self) -> None:
         """The recording has no newer ones."""
 
-    async def normalise(self, literals: Sequence[Literal]) -> dict[Literal, str]:
+    async def normalise(
+        self, literals: Sequence[Literal], *, remember: bool = True
+    ) -> dict[Literal, str]:
         """Read a filter's values, without a server if there is none.
 
         Raises:
@@ -423,7 +425,7 @@ class RecordedCatalog(Catalog):
             FilterError: the server says that it is not of its column's type.
         """
         if self._has_server:
-            return await super().normalise(literals)
+            return await super().normalise(literals, remember=remember)
         return {literal: self._read(literal) for literal in literals}
 
     def _read(self, literal: Literal) -> str:

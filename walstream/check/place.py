@@ -11,7 +11,6 @@ import os
 import shlex
 import stat
 from collections import Counter
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, assert_never
@@ -20,15 +19,14 @@ from urllib.parse import urlsplit
 from walstream.check.findings import Finding, Outcome, ok, problem, skipped, warning
 from walstream.check.site import Question, Site, answered
 from walstream.config import FileSinkConfig, SinkConfig, StdoutSinkConfig, WebhookSinkConfig
+from walstream.config.live import LiveSinkConfig
 from walstream.connection import SystemIdentity
 from walstream.errors import SetupError, SlotMissing
+from walstream.files import lock_holders
 from walstream.lineage import Lineage, Standing, verify
 from walstream.lsn import ZERO, Lsn
 from walstream.slots import slot_status
 from walstream.state import STATE_DIRECTORY, StateFile, state_path
-
-_LOCKS: Final = Path("/proc/locks")
-"""All locks of all files; Linux has it."""
 
 # ---- The state file
 
@@ -170,8 +168,22 @@ async def _judge_sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
             return await _file(site, sink)
         case WebhookSinkConfig():
             return _webhook(name, sink)
+        case LiveSinkConfig():
+            return _live(site)
         case _:
             assert_never(sink)
+
+
+def _live(site: Site) -> Outcome:
+    if site.config.http.listen is None:
+        return warning(
+            "clients by HTTP, and nothing listens for them", '-- write listen under [http]'
+        )
+    if not site.config.access.roles:
+        return warning(
+            "clients by HTTP, and nobody may read anything", "-- write roles into [access]"
+        )
+    return ok(f"clients by HTTP at {site.config.http.listen}")
 
 
 async def _file(site: Site, sink: FileSinkConfig) -> Outcome:
@@ -193,7 +205,7 @@ async def _file(site: Site, sink: FileSinkConfig) -> Outcome:
 
 async def _locked(site: Site, path: Path) -> Outcome:
     """Look who writes to a file; when somebody streams, it is taken for the same process."""
-    holder = next(_lock_holders(path), None)
+    holder = next(lock_holders(path), None)
     if holder is None:
         return ok(str(path))
     is_known = not site.lacks("catalog", "slot")
@@ -236,23 +248,6 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _lock_holders(path: Path) -> Iterator[int]:
-    """Give the processes that hold a lock on a file; trying to lock it could hinder them.
-
-    None are known where the system does not tell them.
-    """
-    status = path.stat()
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    try:
-        locks = _LOCKS.read_text(encoding="ascii")
-    except OSError:  # not Linux, or hidden
-        return
-    for line in locks.splitlines():
-        fields = line.split()
-        if "->" not in fields and device in fields:
-            yield int(fields[4])
 
 
 # ---- Packages

@@ -14,6 +14,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from walstream.cli import (
+    access,
     checking,
     configuring,
     dead_letters,
@@ -50,6 +51,7 @@ app.add_typer(configuring.app, name="config")
 app.add_typer(slot.app, name="slot")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.add_typer(models.app, name="models")
+app.add_typer(access.app, name="access")
 
 
 @app.callback(invoke_without_command=True)

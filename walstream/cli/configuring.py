@@ -28,7 +28,7 @@ _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
-_MISPLACED: Final = re.compile(r"://|whsec_|password", re.IGNORECASE)
+_MISPLACED: Final = re.compile(r"://|whsec_|password|-----BEGIN", re.IGNORECASE)
 """In the place of a file's name the secret itself may have been put."""
 
 

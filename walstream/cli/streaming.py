@@ -21,7 +21,8 @@ from walstream import logs
 from walstream.app import Walstream
 from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.reporting import report
-from walstream.config import HttpConfig, RouteSpec, TracingConfig
+from walstream.config import RouteSpec, TracingConfig
+from walstream.config.live import HttpConfig
 from walstream.daemon import Daemon
 from walstream.destinations import Sink
 from walstream.errors import EX_OK, ConfigError, OutputClosed, UsageError, WalstreamError

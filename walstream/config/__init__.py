@@ -36,9 +36,12 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from walstream import filters, mistakes, postgres, projection
+from walstream import filters, mistakes, postgres
 from walstream.backoff import Backoff
 from walstream.changes import Operation, Relation
+from walstream.config.access import AccessConfig, RoleConfig, TableConfig
+from walstream.config.columns import ColumnsConfig
+from walstream.config.live import HttpConfig, JournalConfig, LiveConfig, LiveSinkConfig
 from walstream.config.section import MASKING_KEY, Bytes, Seconds, Section, in_bytes, read_secret
 from walstream.destinations import MAX_TRANSACTION_CHANGES, HandlerOptions
 from walstream.errors import ConfigError, FilterError
@@ -195,31 +198,10 @@ class StateConfig(Section):
     path: Path | None = None
 
 
-class HttpConfig(Section):
-    """Health and metrics by HTTP: ``listen`` is an address and port; None for none."""
-
-    listen: str | None = Field(None, pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s\[\]]+):\d{1,5}$")
-
-
 class TracingConfig(Section):
     """OpenTelemetry: spans of calls; where they go is told by OTEL_... variables."""
 
     enabled: bool = False
-
-
-class ColumnsConfig(Section):
-    """Which columns a route passes on, and which of them masked."""
-
-    include: list[str] | None = None
-    exclude: list[str] = []
-    mask: dict[str, str] = {}
-
-    @field_validator("mask")
-    @classmethod
-    def _known(cls, value: dict[str, str]) -> dict[str, str]:
-        for mask in value.values():
-            projection.Mask.parse(mask)
-        return value
 
 
 OnFailureName = Literal["stop", "dead_letter", "skip"]
@@ -295,14 +277,8 @@ class RouteSpec(FailureSpec, _Wanted):
         Raises:
             ConfigError: a ``hash`` mask without a key.
         """
-        rules = self.columns
         try:
-            kept = projection.Projection(
-                include=rules.include,
-                exclude=rules.exclude,
-                mask={column: projection.Mask.parse(mask) for column, mask in rules.mask.items()},
-                key=masking_key,
-            )
+            kept = self.columns.projection(masking_key)
         except ValueError as error:
             raise ConfigError([f"{name}: {error}"]) from None
         return Route(
@@ -312,7 +288,7 @@ class RouteSpec(FailureSpec, _Wanted):
             operations=frozenset(map(Operation, self.operations or ALL_OPERATIONS)),
             explicit=self.operations is not None,
             where=None if self.where is None else filters.parse(self.where),
-            projection=None if rules == ColumnsConfig() else kept,
+            projection=kept,
             leaving=self.leaving,
             changed=self.changed or (),
             policy=self.policy(defaults),
@@ -597,13 +573,15 @@ def _lines(key: str, file: Path) -> list[str]:
 
 
 SinkConfig = Annotated[
-    StdoutSinkConfig | FileSinkConfig | WebhookSinkConfig, Field(discriminator="type")
+    StdoutSinkConfig | FileSinkConfig | WebhookSinkConfig | LiveSinkConfig,
+    Field(discriminator="type"),
 ]
 
 _SINKS: Final[dict[str, type[Section]]] = {
     "stdout": StdoutSinkConfig,
     "file": FileSinkConfig,
     "webhook": WebhookSinkConfig,
+    "live": LiveSinkConfig,
 }
 
 
@@ -719,6 +697,9 @@ class Config(BaseSettings):
     masking: MaskingConfig = MaskingConfig()
     stream: StreamConfig = StreamConfig()
     http: HttpConfig = HttpConfig()
+    live: LiveConfig = LiveConfig()
+    journal: JournalConfig = JournalConfig()
+    access: AccessConfig = AccessConfig()
     tracing: TracingConfig = TracingConfig()
     log: LogConfig = LogConfig()
 
@@ -848,8 +829,12 @@ def _keys(location: tuple[int | str, ...]) -> list[str]:
             pass
         case ("routes", _):
             model = RouteConfig
-        case ("routes", _, "columns"):
+        case ("routes", _, "columns") | ("access", "roles", _, "tables", _, "columns"):
             model = ColumnsConfig
+        case ("access", "roles", _):
+            model = RoleConfig
+        case ("access", "roles", _, "tables", _):
+            model = TableConfig
         case ("sinks", _, str(kind)):
             model = _SINKS[kind]
         case (str(section),):

@@ -1,20 +1,23 @@
-"""Health and metrics by HTTP: what `Vitals` says, for probes and for Prometheus.
+"""The HTTP side: health and metrics of what `Vitals` says, and the routes that it is given.
 
-It reads the `Vitals` that it is given and nothing else, so it can be mounted elsewhere
-(`walstream.gateway.app.make_app`). Starlette, uvicorn and prometheus-client are not imported before
-they are asked for: they come with the extra ``http``.
+The application can be mounted elsewhere (`walstream.gateway.app.make_app`). Starlette, uvicorn,
+httptools and prometheus-client are not imported before they are asked for: they come with the extra
+``http``.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Self
 
+from walstream.config.live import HttpConfig
 from walstream.errors import SetupError
 from walstream.vitals import Vitals
 
 if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+
     from walstream.gateway.server import Server
 
 
@@ -31,19 +34,31 @@ class Gateway:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, listen: str, vitals: Callable[[], Vitals]) -> AsyncIterator[Self]:
-        """Answer requests at ``listen``: host:port, where port 0 is any free one.
+    async def open(
+        cls,
+        http: HttpConfig,
+        vitals: Callable[[], Vitals],
+        routes: Callable[[], Sequence[BaseRoute]] = tuple,
+    ) -> AsyncIterator[Self]:
+        """Answer requests at ``http.listen``: host:port, where port 0 is any free one.
+
+        Args:
+            http: where to listen, and to whom to answer.
+            vitals: asked once for each request for health or metrics.
+            routes: makes further routes, and may import for that what comes with the extra.
 
         Raises:
-            ConfigError: ``listen`` is no address that can be resolved.
+            ConfigError: ``http.listen`` is no address that can be resolved.
             SetupError: nothing can listen there, or the extra is not installed.
         """
         try:
             from walstream.gateway.server import Server  # noqa: PLC0415 - needs the extra
+
+            further = routes()
         except ImportError as error:
             message = f"http.listen is set, and the module {error.name} is not installed"
             raise SetupError(message, hint='pip install "walstream[http]"') from None
-        server = await Server.open(listen, vitals)
+        server = await Server.open(http, vitals, further)
         try:
             yield cls(server)
         finally:

@@ -1,19 +1,44 @@
-"""From ``[http] listen`` to sockets that listen."""
+"""From ``[http] listen`` to sockets that listen, and room for the connections they bring."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import os
+import resource
 import socket
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from walstream.errors import ConfigError, SetupError
 
-BACKLOG: Final = 128
+BACKLOG: Final = 4096
+"""So many clients may connect at once and wait; the system's somaxconn may be less."""
+
+OTHER_FILES: Final = 256
+"""Descriptors that are left for all else: connections to Postgres, sinks, stores, handlers."""
+
 _LAST_PORT: Final = 65535
+_UNSENT_BYTES: Final = 1 << 17
+_MUTE_SECONDS: Final = 60
+
+_CONNECTION_OPTIONS: Final = (
+    # Events are small and must not wait for more.
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+    # Clients that have vanished are noticed, also by a stream on which nothing happens ...
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 30),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 10),
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+    # ... and so are those that do not take what was sent, whether they are there or not.
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", _MUTE_SECONDS * 1000),
+    # What a slow client has not fetched waits here, where it is counted, and not in the system,
+    # which would take megabytes for each.
+    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", _UNSENT_BYTES),
+)
+"""Set where we listen: connections inherit them."""
 
 _HINTS: Final = {
     errno.EADDRINUSE: "give each process a port of its own; `ss -ltnp` shows who listens there",
@@ -73,6 +98,19 @@ async def listen_at(address: Address) -> list[socket.socket]:
     return sockets
 
 
+def allow_connections(wanted: int) -> int:
+    """Raise the process's soft limit of open files as far as needed, and return what can be had."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    with contextlib.suppress(OSError, ValueError):  # a system may have a lower one of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return max(1, min(wanted, soft - OTHER_FILES))
+
+
 def address_of(listening: socket.socket) -> Address:
     """Return where a socket listens."""
     host, port, *_ = listening.getsockname()
@@ -102,6 +140,9 @@ def _listen(family: int, address: Address) -> socket.socket:
             # `localhost` has two addresses, each gets its socket; [::] alone stands for all.
             only = address.host != "::"
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        for level, name, value in _CONNECTION_OPTIONS:
+            if hasattr(socket, name):  # not every system has all
+                listening.setsockopt(level, getattr(socket, name), value)
         listening.settimeout(0)
         listening.bind((address.host, address.port))
         listening.listen(BACKLOG)

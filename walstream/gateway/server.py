@@ -11,18 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from pathlib import Path
 from typing import Final, Self
 
 import structlog
 import uvicorn
+from starlette.routing import BaseRoute
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from walstream.gateway.app import make_app
 from walstream.gateway.listening import Address, address_of, listen_at, parse_listen
+from walstream.config.live import HttpConfig
 from walstream.vitals import Vitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")
@@ -47,15 +49,17 @@ class Server:
         self._state = state
 
     @classmethod
-    async def open(cls, listen: str, vitals: Callable[[], Vitals]) -> Self:
+    async def open(
+        cls, http: HttpConfig, vitals: Callable[[], Vitals], routes: Sequence[BaseRoute] = ()
+    ) -> Self:
         """Begin to listen.
 
         Raises:
             ConfigError: ``listen`` is no address that can be resolved.
             SetupError: nothing can listen there.
         """
-        sockets = await listen_at(parse_listen(listen))
-        config = _configure(vitals)
+        sockets = await listen_at(parse_listen(http.listen or ""))
+        config = _configure(vitals, routes, http)
         state = ServerState()
         loop = asyncio.get_running_loop()
         servers = [
@@ -96,9 +100,9 @@ class Server:
         return [one for one in self._state.connections if isinstance(one, _Connection)]
 
 
-def _configure(vitals: Callable[[], Vitals]) -> uvicorn.Config:
+def _configure(vitals: Callable[[], Vitals], routes: Sequence[BaseRoute], http: HttpConfig) -> uvicorn.Config:
     config = uvicorn.Config(
-        make_app(vitals),
+        make_app(vitals, routes, http),
         http=_Connection,
         ws="none",
         lifespan="off",

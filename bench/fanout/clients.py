@@ -1,0 +1,278 @@
+"""A process that is many clients at once, each with a connection of its own.
+
+It shares the cores with what it measures, so it does as little as can be done: what it reads is
+counted where it lies in the one buffer. It talks with ``bench.fanout.crowd`` by lines of JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import select
+import socket
+import sys
+import time
+from collections import deque
+from typing import Final
+
+import msgspec
+
+from bench.fanout import events
+from bench.fanout.events import Delivered
+from bench.processes import cpu_seconds
+
+BUFFER_BYTES: Final = 1 << 20
+CONNECTING: Final = 64
+"""So many connections are begun at once at most; a server's backlog is bounded."""
+
+STALL_SECONDS: Final = 20.0
+"""After so much silence nothing will come any more."""
+
+
+class Connect(msgspec.Struct, frozen=True, tag=True):
+    """Ask for each of the targets with a connection of its own; answered when all stream."""
+
+    host: str
+    port: int
+    targets: list[str]
+
+
+class Expect(msgspec.Struct, frozen=True, tag=True):
+    """Count anew; answered by `Counting`, and by `Arrived` when so many have come, or none comes.
+
+    With ``is_timed`` it notes when each comes, with ``is_kept`` it keeps them to be read at the
+    end.
+    """
+
+    events: int
+    is_timed: bool = False
+    is_kept: bool = False
+
+
+class Collect(msgspec.Struct, frozen=True, tag=True):
+    """Tell what each client has got."""
+
+
+class Connected(msgspec.Struct, frozen=True):
+    """All clients stream."""
+
+    seconds: float
+
+
+class Counting(msgspec.Struct, frozen=True):
+    """What comes from now on counts."""
+
+
+class Arrived(msgspec.Struct, frozen=True):
+    """When the last event came (monotonic clock), and what that took since it was expected."""
+
+    nanoseconds: int
+    events: int
+    received_bytes: int
+    cpu_seconds: float
+    reads: int
+
+
+class Collected(msgspec.Struct, frozen=True):
+    """What each client has got since it was expected.
+
+    ``last_rows`` are the numbers of the last rows, -1 for none. ``times`` pairs rows with when they
+    came. ``kept`` has all that each client got. ``failures`` tells of clients that were cut off.
+    """
+
+    counts: list[int]
+    last_rows: list[int]
+    times: list[tuple[int, int]]
+    kept: list[list[Delivered]]
+    failures: list[str]
+
+
+class _Client:
+    """One connection, and what has come by it."""
+
+    __slots__ = ("chunked", "count", "kept", "last", "socket", "streams", "tail", "target")
+
+    def __init__(self, host: str, port: int, target: str) -> None:
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.socket.settimeout(0)
+        self.socket.connect_ex((host, port))
+        self.target = (
+            f"GET {target} HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: text/event-stream\r\n\r\n"
+        ).encode()
+        self.streams = False
+        self.chunked = False
+        self.tail = b""
+        self.count = 0
+        self.last = b""
+        self.kept = bytearray()
+
+
+class Clients:
+    """All connections of the process."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._clients: list[_Client] = []
+        self._by_descriptor: dict[int, _Client] = {}
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._failures: list[str] = []
+        self._events = self._bytes = self._reads = 0
+        self._expected = Expect(0)
+        self._times: list[tuple[int, int]] = []
+
+    def connect(self, order: Connect) -> Connected:
+        """Begin a few connections at a time."""
+        started = time.monotonic()
+        waiting = deque(order.targets)
+        streaming = 0
+        while streaming < len(order.targets):
+            while waiting and len(self._clients) - streaming < CONNECTING:
+                self._begin(_Client(order.host, order.port, waiting.popleft()))
+            ready = self._epoll.poll(STALL_SECONDS)
+            assert ready, f"{len(order.targets) - streaming} clients got no answer"
+            for descriptor, event in ready:
+                streaming += self._greet(self._by_descriptor[descriptor], event)
+        return Connected(time.monotonic() - started)
+
+    def expect(self, order: Expect) -> Arrived:
+        """Count from 0 until all have come."""
+        self._poll(0)  # what is no event that counts, such as a heartbeat
+        self._expected, self._times = order, []
+        self._events = self._bytes = self._reads = 0
+        for client in self._clients:
+            client.count, client.last = 0, b""
+            client.kept.clear()
+        _say(Counting())
+        used_before = cpu_seconds()
+        arrived = self._read_all()
+        return Arrived(arrived, self._events, self._bytes, cpu_seconds() - used_before, self._reads)
+
+    def collect(self) -> Collected:
+        """Read what is there, if more has come than was expected, and tell what each has got."""
+        self._poll(0)
+        kept = self._clients if self._expected.is_kept else []
+        return Collected(
+            counts=[client.count for client in self._clients],
+            last_rows=[_number(client.last) for client in self._clients],
+            times=self._times,
+            kept=[events.delivered(bytes(client.kept), chunked=client.chunked) for client in kept],
+            failures=self._failures,
+        )
+
+    def _begin(self, client: _Client) -> None:
+        self._clients.append(client)
+        self._by_descriptor[client.socket.fileno()] = client
+        self._epoll.register(client.socket, select.EPOLLOUT)
+
+    def _greet(self, client: _Client, event: int) -> bool:
+        """Send the request or read the head; return whether the client streams from now on."""
+        if event & select.EPOLLOUT:
+            client.socket.sendall(client.target)
+            self._epoll.modify(client.socket, select.EPOLLIN)
+            return False
+        if client.streams:
+            self._read(client)
+            return False
+        received = client.socket.recv(BUFFER_BYTES)
+        client.tail += received
+        assert received, f"no stream: {client.tail[:300]!r}"
+        head, _, body = client.tail.partition(events.HEADERS_END)
+        if events.STREAMING not in body or not body.endswith(events.WHOLE):
+            return False
+        client.streams, client.chunked, client.tail = True, events.is_chunked(head + b"\r\n"), b""
+        return True
+
+    def _read_all(self) -> int:
+        """Return when the last one came."""
+        expected = self._expected.events
+        arrived = time.monotonic_ns()
+        while self._events < expected and not self._failures:
+            before = self._bytes
+            self._poll(STALL_SECONDS)
+            if self._bytes == before:
+                self._failures.append("nothing comes any more")
+            arrived = time.monotonic_ns()
+        return arrived
+
+    def _poll(self, seconds: float) -> None:
+        clients, read = self._by_descriptor, self._read
+        for descriptor, _ in self._epoll.poll(seconds, len(clients) + 1):
+            if descriptor in clients:
+                read(clients[descriptor])
+
+    def _read(self, client: _Client) -> None:
+        buffer, tail = self._buffer, client.tail
+        if tail:
+            # The rest of an event: put behind what has come of it already.
+            length = len(tail)
+            buffer[:length] = tail
+            received = client.socket.recv_into(memoryview(buffer)[length:])
+            end = length + received
+        else:
+            end = received = client.socket.recv_into(buffer)
+        if not received:
+            self._fail(client, "cut off")
+            return
+        self._bytes += received
+        self._reads += 1
+        if self._expected.is_kept:
+            client.kept += memoryview(buffer)[end - received : end]
+        if buffer.endswith(events.WHOLE, 0, end):
+            client.tail = b""
+        else:
+            whole = buffer.rfind(b"\n\n", 0, end) + 2
+            whole = whole if whole > 1 else 0
+            client.tail = bytes(memoryview(buffer)[whole:end])
+            end = whole
+        self._count(client, end)
+
+    def _count(self, client: _Client, end: int) -> None:
+        """Count the events in the buffer, which are whole up to the end."""
+        buffer = self._buffer
+        count = buffer.count(events.INSERT, 0, end)
+        if not count:
+            if found := events.cuts(bytes(buffer[:end])):
+                self._fail(client, found[0])
+            return
+        client.count += count
+        self._events += count
+        last = buffer.rfind(events.ROW, 0, end) + len(events.ROW)
+        client.last = bytes(buffer[last : last + 20])
+        if self._expected.is_timed:
+            now = time.monotonic_ns()
+            rows = events.ROW_NUMBER.findall(buffer, 0, end)
+            self._times += [(int(row), now) for row in rows]
+
+    def _fail(self, client: _Client, why: str) -> None:
+        self._failures.append(why)
+        del self._by_descriptor[client.socket.fileno()]
+        self._epoll.unregister(client.socket)
+        client.socket.close()
+
+
+def main() -> None:
+    """Do what the lines of the standard input say, until there are no more."""
+    orders = msgspec.json.Decoder(Connect | Expect | Collect)
+    clients = Clients()
+    gc.disable()  # nothing here refers to itself
+    for line in iter(sys.stdin.buffer.readline, b""):
+        match orders.decode(line):
+            case Connect() as order:
+                _say(clients.connect(order))
+            case Expect() as order:
+                _say(clients.expect(order))
+            case Collect():
+                _say(clients.collect())
+
+
+def _say(answer: msgspec.Struct) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _number(text: bytes) -> int:
+    found = events.ROW_NUMBER.match(events.ROW + text)
+    return -1 if found is None else int(found[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a client reads off its socket: server-sent events in the chunks of HTTP/1.1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from walstream.positions import Position
+
+HEADERS_END: Final = b"\r\n\r\n"
+
+STREAMING: Final = b"\nevent: streaming\n"
+
+INSERT: Final = b"\nevent: insert\n"
+"""In every event that counts, once: JSON has no line ends."""
+
+ROW: Final = b'"row":{"id":'
+"""What comes before the number of the row, which is the table's first column."""
+
+ROW_NUMBER: Final = re.compile(re.escape(ROW) + rb"(\d+)")
+
+WHOLE: Final = (b"\n\n\r\n", b"\n\n")
+"""What ends an event, with and without the end of a chunk."""
+
+_CUT: Final = re.compile(rb"\nevent: (end|reset)\ndata: (.*)\n")
+
+_CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding: *chunked\r\n", re.IGNORECASE)
+
+
+class Delivered(msgspec.Struct, frozen=True, array_like=True):
+    """A change that a client got: its id, and the number of the row."""
+
+    id: str
+    row: int
+
+
+def is_chunked(head: bytes) -> bool:
+    """Whether an answer with this head comes in chunks."""
+    return _CHUNKED.search(head) is not None
+
+
+def cuts(text: bytes) -> list[str]:
+    """List the events that say that a client was cut off, or has missed something."""
+    return [b" ".join(found).decode() for found in _CUT.findall(text)]
+
+
+def delivered(body: bytes, *, chunked: bool) -> list[Delivered]:
+    """Read a whole body as a strict client would.
+
+    Raises:
+        AssertionError: an event is not what is documented, or ids do not grow.
+    """
+    text = b"".join(_chunks(body)) if chunked else body
+    changes = [_delivered(event) for event in _events(text) if event.get("event") == "insert"]
+    positions = [Position.parse(change.id) for change in changes]
+    assert all(map(Position.__lt__, positions, positions[1:])), "ids do not grow"
+    return changes
+
+
+def _chunks(body: bytes) -> Iterator[bytes]:
+    position = 0
+    while position < len(body):
+        end = body.index(b"\r\n", position)
+        size = int(body[position:end], 16)
+        yield body[end + 2 : end + 2 + size]
+        position = end + 2 + size + 2
+        assert body[position - 2 : position] == b"\r\n", "a chunk is longer than it says"
+
+
+def _events(text: bytes) -> Iterator[dict[str, str]]:
+    assert text.endswith(b"\n"), "the last event is not whole"
+    for block in text.decode().removesuffix("\n\n").split("\n\n"):
+        fields: dict[str, str] = {}
+        for line in block.split("\n"):
+            name, _, value = line.partition(": ")
+            if name:  # and no comment
+                assert name not in fields, f"an event has two lines {name!r}"
+                fields[name] = value
+        yield fields
+
+
+def _delivered(event: dict[str, str]) -> Delivered:
+    change: dict[str, Any] = msgspec.json.decode(event["data"])
+    assert change["id"] == event["id"], f"the id is {event['id']}, of the data {change['id']}"
+    assert change["operation"] == event["event"], f"{change['operation']} as {event['event']}"
+    return Delivered(change["id"], change["row"]["id"])

@@ -1,0 +1,96 @@
+"""Who reads: a role, and what of each table it may see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from walstream.changes import Layout, Relation
+from walstream.grammar import Filter
+from walstream.projection import Projection
+from walstream.router import OWN_TABLES, TablePattern
+
+
+class Sight(msgspec.Struct, frozen=True, cache_hash=True):
+    """What a reader sees of a table: rows that pass ``where``, through ``projection``.
+
+    None is all rows, and all columns as they are. Sights made of equal rules and claims are equal,
+    so that readers who see the same can share work. ``table`` is the pattern that they are for.
+    """
+
+    table: str
+    projection: Projection | None = None
+    where: Filter | None = None
+
+    def reads(self, column: str) -> bool:
+        """Whether a column is passed on as it is: clients may filter by no other."""
+        rules = self.projection
+        return rules is None or (rules.passes(column) and column not in rules.masks)
+
+    def __repr__(self) -> str:
+        """Print what is safe to log: the condition holds values of claims."""
+        return f"Sight({self.table})"
+
+    def __rich_repr__(self) -> Iterator[str]:  # type: ignore[override]  # of a Struct it tells all
+        """Print no more than `repr`."""
+        yield self.table
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """What a reader sees of the tables that a pattern covers."""
+
+    pattern: TablePattern
+    sight: Sight
+    own_tables: frozenset[Relation] = OWN_TABLES
+
+    def covers(self, relation: Relation, ancestors: Iterable[Relation]) -> bool:
+        """Whether it is about a table, or about one that this one is a partition of.
+
+        A pattern with a ``*`` does not mean walstream's own tables.
+        """
+        if relation in self.own_tables and self.pattern.relation is None:
+            return False
+        return any(self.pattern.covers(candidate) for candidate in (relation, *ancestors))
+
+
+class Reader(msgspec.Struct, frozen=True, eq=False):
+    """Somebody who was let in.
+
+    ``expires_at`` is when that ends, in seconds since 1970; None for never. Claims are in no repr.
+    """
+
+    role: str
+    claims: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    expires_at: float | None = None
+    can_see_status: bool = False
+    can_operate: bool = False
+    grants: tuple[Grant, ...] = ()
+
+    def sight(self, layout: Layout) -> Sight | None:
+        """Return what is seen of a table: the first grant that covers it counts. None: nothing."""
+        return self.sight_of(layout.relation, layout.ancestors)
+
+    def sight_of(self, relation: Relation, ancestors: Iterable[Relation] = ()) -> Sight | None:
+        """Return the same for a table and the partitioned tables above it."""
+        above = tuple(ancestors)
+        for grant in self.grants:
+            if grant.covers(relation, above):
+                return grant.sight
+        return None
+
+    def covers_named(self, relation: Relation) -> bool:
+        """Whether something may be seen of a table by its own name.
+
+        A partition may be seen by the name of a table above it, which only its layout tells.
+        """
+        return self.sight_of(relation) is not None
+
+    def __repr__(self) -> str:
+        """Print what is safe to log."""
+        return f"Reader({self.role!r})"
+
+    def __rich_repr__(self) -> Iterator[str]:  # type: ignore[override]  # of a Struct it tells all
+        """Print no more than `repr`."""
+        yield self.role

@@ -1,0 +1,256 @@
+"""The section ``[access]``: whose tokens are believed, and what their roles may read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeAlias
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+
+from walstream.config.columns import ColumnsConfig
+from walstream.config.section import Bytes, Section, read_secret
+from walstream.errors import ConfigError, FilterError
+from walstream.placeholders import ClaimPath, RowCondition
+from walstream.router import TablePattern
+
+AlgorithmName: TypeAlias = Literal[
+    "HS256",
+    "HS384",
+    "HS512",
+    "RS256",
+    "RS384",
+    "RS512",
+    "PS256",
+    "PS384",
+    "PS512",
+    "ES256",
+    "ES384",
+    "ES512",
+    "EdDSA",
+]
+
+SECRET_BYTES: Final[Mapping[str, int]] = {"HS256": 32, "HS384": 48, "HS512": 64}
+"""How long a secret has to be: as the hash (RFC 7518, 3.2)."""
+
+PUBLIC_KEY_ALGORITHMS: Final[tuple[AlgorithmName, ...]] = (
+    "RS256",
+    "RS384",
+    "RS512",
+    "PS256",
+    "PS384",
+    "PS512",
+    "ES256",
+    "ES384",
+    "ES512",
+    "EdDSA",
+)
+
+_KEYS: Final = ("secret", "secret_file", "jwks_url", "jwks_file", "public_key_file")
+_SECRETS: Final = ("secret", "secret_file")
+_MADE_BY: Final = "as openssl rand -hex 32 prints"
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class TableConfig(Section):
+    """A table that a role may read: which columns, and which rows."""
+
+    table: str
+    columns: ColumnsConfig = ColumnsConfig()
+    where: str | None = None
+
+    @field_validator("table")
+    @classmethod
+    def _is_table(cls, value: str) -> str:
+        TablePattern.parse(value)
+        return value
+
+    @field_validator("where")
+    @classmethod
+    def _is_condition(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                RowCondition.parse(value)
+            except FilterError as error:
+                raise ValueError(error.message) from None
+        return value
+
+    @property
+    def condition(self) -> RowCondition | None:
+        """Which rows; None for all."""
+        return None if self.where is None else RowCondition.parse(self.where)
+
+
+class RoleConfig(Section):
+    """What one role may do; nothing unless it is said.
+
+    ``status`` lets it see how walstream is, ``operate`` deliver dead letters again. Of ``tables``
+    the first counts that covers a table.
+    """
+
+    status: bool = False
+    operate: bool = False
+    tables: list[TableConfig] = []
+
+
+class AccessConfig(Section):
+    """Nobody may read anything, unless this section says so.
+
+    Tokens are JSON Web Tokens. They are signed with a shared secret (``secret``, ``secret_file``),
+    or by a private key whose public one is known here (``jwks_url``, ``jwks_file``,
+    ``public_key_file``): one of these. ``role_claim`` is where a token names its role, one of
+    ``roles``; ``anonymous_role`` is the role of those who have no token.
+    """
+
+    secret: SecretStr | None = None
+    secret_file: Path | None = None
+    jwks_url: str | None = None
+    jwks_file: Path | None = None
+    public_key_file: Path | None = None
+    algorithms: Annotated[list[AlgorithmName], Field(min_length=1)] | None = None
+    issuer: NonEmpty | None = None
+    audience: (
+        Annotated[list[NonEmpty] | NonEmpty, Field(min_length=1), BeforeValidator(_listed)] | None
+    ) = None
+    leeway_seconds: float = Field(5.0, ge=0, allow_inf_nan=False)
+    role_claim: str = "role"
+    max_token_bytes: Bytes = 8 << 10
+    roles: dict[NonEmpty, RoleConfig] = {}
+    anonymous_role: str | None = None
+
+    @field_validator("secret")
+    @classmethod
+    def _is_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _verify_secret(value.get_secret_value(), "HS256")
+        return value
+
+    @field_validator(*_KEYS)
+    @classmethod
+    def _is_the_only_key(cls, value: Any, info: ValidationInfo) -> Any:
+        given = [key for key in _KEYS if info.data.get(key) is not None]
+        if value is not None and given:
+            raise ValueError(
+                f"found beside {given[0]}; allowed: one of {', '.join(_KEYS)}, for whoever has"
+                " two kinds of key may sign with the weaker one"
+            )
+        return value
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and not _is_http(value):
+            raise ValueError(
+                "found a value; allowed: a URL that begins with https:// or http://, without a"
+                " user and password"
+            )
+        return value
+
+    @field_validator("algorithms")
+    @classmethod
+    def _fit_the_key(
+        cls, value: list[AlgorithmName] | None, info: ValidationInfo
+    ) -> list[AlgorithmName] | None:
+        key = next((one for one in _KEYS if info.data.get(one) is not None), None)
+        if value is None or key is None:
+            return value
+        allowed = tuple(SECRET_BYTES) if key in _SECRETS else PUBLIC_KEY_ALGORITHMS
+        for algorithm in value:
+            if algorithm not in allowed:
+                raise ValueError(f"found {algorithm!r}; allowed with {key}: {', '.join(allowed)}")
+        secret = info.data.get("secret")
+        if secret is not None:
+            _verify_secret(secret.get_secret_value(), max(value))
+        return value
+
+    @field_validator("role_claim")
+    @classmethod
+    def _is_path(cls, value: str) -> str:
+        ClaimPath.parse(value)
+        return value
+
+    @field_validator("anonymous_role")
+    @classmethod
+    def _is_role(cls, value: str | None, info: ValidationInfo) -> str | None:
+        roles: Mapping[str, RoleConfig] | None = info.data.get("roles")
+        if value is None or roles is None:
+            return value
+        if value not in roles:
+            known = ", ".join(roles) or "none, there is no [access.roles.<name>]"
+            raise ValueError(f"found {value!r}; allowed: {known}")
+        for place, table in enumerate(roles[value].tables):
+            if table.condition is not None and table.condition.claims:
+                raise ValueError(
+                    f"found {value!r}, whose tables[{place}].where needs the claim"
+                    f" {table.condition.claims[0]}; allowed: a role that needs none, for who has"
+                    " no token has no claims"
+                )
+        return value
+
+    @property
+    def key_name(self) -> str | None:
+        """The key of this section that says what tokens are signed with."""
+        return next((key for key in _KEYS if getattr(self, key) is not None), None)
+
+    @property
+    def allowed_algorithms(self) -> Sequence[AlgorithmName]:
+        """The algorithms that a token may be signed by, if its key is for them, too."""
+        if self.algorithms is not None:
+            return self.algorithms
+        return ("HS256",) if self.key_name in _SECRETS else PUBLIC_KEY_ALGORITHMS
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anybody could be let in."""
+        return self.key_name is not None or self.anonymous_role is not None
+
+    @property
+    def audiences(self) -> list[str] | None:
+        """The audiences of which a token has to be for one; None for any."""
+        return [self.audience] if isinstance(self.audience, str) else self.audience
+
+    def signing_secret(self) -> bytes | None:
+        """Return the secret that tokens are signed with, if it is one.
+
+        Raises:
+            ConfigError: ``secret_file`` cannot be read, or what is in it is too short.
+        """
+        text = read_secret("access.secret", self.secret, self.secret_file)
+        if text is None:
+            return None
+        try:
+            _verify_secret(text, max(self.allowed_algorithms))
+        except ValueError as error:
+            raise ConfigError([f"access.{self.key_name}: {error}"]) from None
+        return text.encode()
+
+
+def _verify_secret(secret: str, algorithm: str) -> None:
+    """Raise ValueError, without the secret, if it is none or too short."""
+    if "-----BEGIN" in secret:
+        raise ValueError(
+            "found a key or certificate in PEM; allowed: a shared secret; a public key goes into a"
+            " file that public_key_file names"
+        )
+    length = len(secret.encode())
+    if length < SECRET_BYTES[algorithm]:
+        raise ValueError(
+            f"found a value of {length} bytes; allowed for {algorithm}: {SECRET_BYTES[algorithm]}"
+            f" bytes or more, {_MADE_BY.replace('32', str(SECRET_BYTES[algorithm]))}"
+        )
+
+
+def _is_http(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        has_address = bool(url.hostname) and url.port != 0
+    except ValueError:
+        return False
+    is_plain = text.isascii() and text.isprintable() and " " not in text
+    return url.scheme in ("http", "https") and has_address and "@" not in url.netloc and is_plain

@@ -1,0 +1,202 @@
+"""``/changes`` as Server-Sent Events, ``/changes.jsonl`` as lines: the same changes twice.
+
+A request passes four gates before it gets anything: the token is whose (401), what is asked for can
+be read (400), the role may read it (403), and there is room (429). From then on the stream is cut
+when the token expires, when the client does not keep up, or when the process ends; each time it can
+be taken up again at the last id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, NamedTuple
+from urllib.parse import parse_qsl
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from walstream.access.gate import Gate
+from walstream.access.readers import Reader
+from walstream.access.refusals import AccessRefused
+from walstream.config.live import LiveConfig
+from walstream.gateway.tokens import token_of
+from walstream.live.clients import Client, End
+from walstream.live.encodings import JSON_LINES, SERVER_SENT_EVENTS, Encoding
+from walstream.live.history import Trimmed
+from walstream.live.hub import Hub
+from walstream.live.streams import begin_at, page, stream
+from walstream.live.subscriptions import KEYS, Limits, RequestRefused, parse_subscriptions
+from walstream.positions import Position
+
+_PARAMETERS: Final = (*KEYS, "since", "token")
+_LINES_PARAMETERS: Final = (*_PARAMETERS, "until")
+
+
+def changes_routes(hub: Callable[[], Hub | None], gate: Gate, options: LiveConfig) -> list[Route]:
+    """Make the two paths.
+
+    Args:
+        hub: with the changes; None while there is no live sink.
+        gate: who may read what.
+        options: limits.
+    """
+    return [
+        Route("/changes", _Changes(hub, gate, options, SERVER_SENT_EVENTS)),
+        Route("/changes.jsonl", _Changes(hub, gate, options, JSON_LINES)),
+    ]
+
+
+class _Wish(NamedTuple):
+    """What a request asks for."""
+
+    hub: Hub
+    reader: Reader
+    client: Client
+    begin: Position | None
+    is_page: bool
+
+
+class _Changes:
+    """Answers with a stream, as an ASGI application."""
+
+    def __init__(
+        self,
+        hub: Callable[[], Hub | None],
+        gate: Gate,
+        options: LiveConfig,
+        encoding: Encoding,
+    ) -> None:
+        self._hub = hub
+        self._gate = gate
+        self._options = options
+        self._encoding = encoding
+        self._limits = Limits(options.max_subscriptions, options.max_filter_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["method"] not in ("GET", "HEAD"):
+                raise RequestRefused(405, "only GET is answered here")
+            wish = await self._wish(scope)
+        except RequestRefused as refused:
+            await _refuse(refused)(scope, receive, send)
+            return
+        except AccessRefused as refused:
+            answer = RequestRefused(refused.status, refused.reason, hint=refused.hint)
+            await _refuse(answer)(scope, receive, send)
+            return
+        await self._answer(wish, scope, receive, send)
+
+    async def _wish(self, scope: Scope) -> _Wish:
+        headers = Headers(scope=scope)
+        reader = await self._gate.admit(token_of(scope))
+        hub = self._hub()
+        if hub is None:
+            hint = 'route tables to a sink of type = "live"'
+            raise RequestRefused(404, "no changes are published here", hint=hint)
+        parameters = self._parameters(scope)
+        subscriptions = parse_subscriptions(parameters, self._limits)
+        if not hub.has_begun:
+            raise RequestRefused(503, "the stream has not begun yet", hint="try again")
+        await hub.check(subscriptions, reader)
+        values = dict(parameters)
+        is_page = values.get("until") is not None
+        since = headers.get("last-event-id") or values.get("since")
+        begin = await begin_at(hub, since)
+        if is_page and since is None:
+            begin = hub.history.begins
+        if begin is None and self._encoding is JSON_LINES:
+            message = f"the history begins behind {hub.history.begins}"
+            raise RequestRefused(410, message, hint="read the table anew, and go on without since")
+        cohort = hub.cohort(subscriptions, reader, self._encoding)
+        client = Client(cohort, self._options.max_queue_bytes)
+        return _Wish(hub, reader, client, begin, is_page)
+
+    def _parameters(self, scope: Scope) -> list[tuple[str, str]]:
+        try:
+            query = scope["query_string"].decode("ascii")
+            parameters = parse_qsl(query, keep_blank_values=True, errors="strict")
+        except (UnicodeDecodeError, ValueError):
+            raise RequestRefused(400, "the query cannot be read") from None
+        allowed = _LINES_PARAMETERS if self._encoding is JSON_LINES else _PARAMETERS
+        for name, value in parameters:
+            if name not in allowed:
+                raise RequestRefused(
+                    400, f"there is no parameter {name!r}", hint=f"there are {', '.join(allowed)}"
+                )
+            if name == "until" and value != "now":
+                raise RequestRefused(400, f"until: found {value!r}; allowed: now")
+        return parameters
+
+    async def _answer(self, wish: _Wish, scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [
+                    (b"content-type", self._encoding.media_type.encode()),
+                    (b"cache-control", b"no-store"),
+                    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+                ],
+            }
+        )
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body"})
+            return
+        leaving = asyncio.create_task(_until_left(receive, wish.client))
+        expiring = self._expire(wish)
+        try:
+            async for data in self._pieces(wish):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body"})
+        finally:
+            leaving.cancel()
+            if expiring is not None:
+                expiring.cancel()
+
+    def _expire(self, wish: _Wish) -> asyncio.TimerHandle | None:
+        expires_at = wish.reader.expires_at
+        if expires_at is None:
+            return None
+        # A timer beyond a month is not needed, and one beyond centuries overflows.
+        seconds = min(max(0.0, expires_at - time.time()), 30 * 86400.0)
+        loop = asyncio.get_running_loop()
+        return loop.call_later(seconds, wish.client.finish, End.EXPIRED)
+
+    async def _pieces(self, wish: _Wish) -> AsyncIterator[bytes]:
+        hub, client = wish.hub, wish.client
+        if wish.is_page:
+            assert wish.begin is not None  # noqa: S101 - refused before
+            try:
+                async for data in page(hub, client, wish.begin):
+                    yield data
+            except Trimmed:
+                yield hub.reset_note(self._encoding, "trimmed")
+            return
+        if self._encoding is SERVER_SENT_EVENTS:
+            retry = round(self._options.retry_seconds * 1000)
+            yield f"retry: {retry}\n".encode()
+        begin = hub.position if wish.begin is None else wish.begin
+        yield self._encoding.note("streaming", {}, begin)
+        async for data in stream(hub, client, wish.begin, self._options.heartbeat_seconds):
+            yield data
+
+
+async def _until_left(receive: Receive, client: Client) -> None:
+    """Wait for the client to leave."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    client.finish(End.LEFT)
+
+
+def _refuse(refused: RequestRefused) -> JSONResponse:
+    headers: dict[str, Any] = {"cache-control": "no-store"}
+    if refused.status == 401:  # noqa: PLR2004 - Unauthorized
+        headers["www-authenticate"] = "Bearer"
+    if refused.status == 503:  # noqa: PLR2004 - Service Unavailable
+        headers["retry-after"] = "1"
+    body = {"error": refused.message, "hint": refused.hint}
+    return JSONResponse(body, refused.status, headers)

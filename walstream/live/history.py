@@ -1,0 +1,159 @@
+"""What was published and can be asked for again: in the journal, or in memory for some time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from itertools import islice
+from typing import Final, NamedTuple, Protocol
+
+from walstream.changes import Change
+from walstream.lsn import ZERO, Lsn
+from walstream.positions import BEGINNING, Position
+
+PIECE: Final = 500
+"""Changes that are read at once."""
+
+
+class Trimmed(Exception):
+    """What is asked for is not kept any more."""
+
+
+class History(Protocol):
+    """Keeps changes in their order.
+
+    ``begins``: all that is behind it, up to ``position``, is here. ``covered``: of what the server
+    has sent up to there nothing is missing.
+    """
+
+    @property
+    def begins(self) -> Position:
+        """Where it begins."""
+
+    @property
+    def position(self) -> Position:
+        """Where the last change stands."""
+
+    @property
+    def covered(self) -> Lsn:
+        """Up to where it is known to be complete."""
+
+    async def open(self, history: str) -> None:
+        """Begin, or go on; what was kept under other rules is forgotten."""
+
+    async def append(self, changes: Sequence[Change]) -> None:
+        """Keep changes that stand behind ``position``."""
+
+    async def cover(self, lsn: Lsn) -> None:
+        """Note that nothing is missing up to there."""
+
+    async def interrupt(self, at: Lsn) -> None:
+        """Begin anew: what is kept is not connected with what comes after this position."""
+
+    async def close(self) -> None:
+        """Let go."""
+
+    def read(self, after: Position, upto: Position) -> AsyncIterator[Sequence[Change]]:
+        """Read what stands behind the one position, up to the other, in pieces.
+
+        Raises:
+            Trimmed: ``after`` is before ``begins``.
+        """
+
+    async def position_before(self, time: datetime) -> Position | None:
+        """Return a position behind which all stands that was committed then or later.
+
+        None means that what is kept does not go back so far.
+        """
+
+
+class _Kept(NamedTuple):
+    position: Position
+    change: Change
+    size_bytes: int
+
+
+class Recent:
+    """Keeps the last changes in memory, for clients whose connection was cut for a moment."""
+
+    def __init__(self, max_changes: int, max_bytes: int) -> None:
+        self._max_changes = max_changes
+        self._max_bytes = max_bytes
+        self._kept: deque[_Kept] = deque()
+        self._size_bytes = 0
+        self._history = ""
+        self.begins = BEGINNING
+        self.position = BEGINNING
+        self.covered = ZERO
+
+    async def open(self, history: str) -> None:
+        """Begin, or go on; what was kept under other rules is forgotten."""
+        if history != self._history:
+            self._forget()
+            self._history = history
+            self.covered = ZERO
+
+    async def append(self, changes: Sequence[Change]) -> None:
+        """Keep changes that stand behind ``position``, and let go of the oldest."""
+        for change in changes:
+            size = _size_bytes(change)
+            self.position = Position.of(change)
+            self._kept.append(_Kept(self.position, change, size))
+            self._size_bytes += size
+        while len(self._kept) > self._max_changes or self._size_bytes > self._max_bytes:
+            oldest = self._kept.popleft()
+            self._size_bytes -= oldest.size_bytes
+            self.begins = oldest.position
+
+    async def cover(self, lsn: Lsn) -> None:
+        """Note that nothing is missing up to there."""
+        self.covered = max(self.covered, lsn)
+
+    async def interrupt(self, at: Lsn) -> None:
+        """Begin anew at a position."""
+        self._forget()
+        self.begins = self.position = Position.after(at)
+        self.covered = at
+
+    async def close(self) -> None:
+        """Let go of everything: a process that comes back may have missed something."""
+        self._forget()
+        self._history = ""
+
+    async def read(self, after: Position, upto: Position) -> AsyncIterator[Sequence[Change]]:
+        """Read what stands behind the one position, up to the other, in pieces.
+
+        Raises:
+            Trimmed: ``after`` is before ``begins``.
+        """
+        while True:
+            if after < self.begins:
+                raise Trimmed
+            wanted = (kept for kept in self._kept if after < kept.position <= upto)
+            piece = list(islice(wanted, PIECE))
+            if not piece:
+                return
+            yield [kept.change for kept in piece]
+            after = piece[-1].position
+
+    async def position_before(self, time: datetime) -> Position | None:
+        """Return a position behind which all stands that was committed then or later."""
+        before = None
+        for kept in self._kept:
+            if kept.change.commit_time >= time:
+                break
+            before = kept.position
+        else:
+            return self.position  # all is older, or there is nothing
+        return before
+
+    def _forget(self) -> None:
+        self._kept.clear()
+        self._size_bytes = 0
+
+
+def _size_bytes(change: Change) -> int:
+    sent = change.sent_identity
+    identity = sum(len(column.value) for column in sent or ()) if isinstance(sent, list) else 0
+    return 200 + identity + sum(len(column.value) + 60 for column in change.new_columns or ())

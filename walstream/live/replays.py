@@ -1,0 +1,107 @@
+"""What a client has missed: read from the history until nothing lies between that and live."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Final
+
+from walstream.changes import Change
+from walstream.live.clients import Client
+from walstream.live.hub import Hub, look_at
+from walstream.live.subscriptions import RequestRefused
+from walstream.positions import Position
+
+TURN: Final = 100
+"""Changes of a replay between two turns of the others in the event loop."""
+
+
+class Replay:
+    """Reads for one client what it missed, until nothing lies between that and live.
+
+    ::
+
+        async for data in replay:   # bytes for the client
+            ...
+        # the client has joined
+    """
+
+    def __init__(self, hub: Hub, client: Client, after: Position) -> None:
+        self._hub = hub
+        self._client = client
+        self.position = after
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        hub, client = self._hub, self._client
+        prepared = await hub.prepare(client.cohort)
+        while True:
+            if self.position >= hub.position:
+                if hub.join(client, prepared):
+                    return
+                prepared = await hub.prepare(client.cohort)
+                continue
+            upto = hub.position
+            async for piece in self.read(upto):
+                yield piece
+            self.position = upto
+
+    async def read(self, upto: Position) -> AsyncIterator[bytes]:
+        """Read up to a position.
+
+        Raises:
+            Trimmed: what is missed is not kept any more.
+        """
+        hub, cohort = self._hub, self._client.cohort
+        async for changes in hub.history.read(self.position, upto):
+            frames: list[bytes] = []
+            for begin in range(0, len(changes), TURN):
+                some = changes[begin : begin + TURN]
+                for layout in dict.fromkeys(change.layout for change in some):
+                    await hub.views(cohort, layout)
+                frames += self._frames(some)
+                self.position = Position.of(some[-1])
+                await asyncio.sleep(0)
+            if frames:
+                hub.sent_changes += len(frames)
+                yield b"".join(frames)
+
+    def _frames(self, changes: Sequence[Change]) -> list[bytes]:
+        cohort = self._client.cohort
+        frames = []
+        for change in changes:
+            for view in cohort.views[change.layout]:
+                look = look_at(view, change, strict=False)
+                if look is not None:
+                    frames.append(cohort.encoding.frame(view.show(change, look)))
+                    break
+        return frames
+
+
+async def resolve(since: str, hub: Hub) -> Position | None:
+    """Return behind what a client wants changes; None when the history does not reach back so far.
+
+    Args:
+        since: the id of a change, an LSN, or a time as ISO 8601 has it.
+        hub: with the history.
+
+    Raises:
+        RequestRefused: it is none of these.
+    """
+    try:
+        position = Position.parse(since)
+    except ValueError:
+        instant = _instant(since)
+        return await hub.history.position_before(instant)
+    return None if position < hub.history.begins else position
+
+
+def _instant(text: str) -> datetime:
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        hint = "the id of a change (0/16274F8:3), an LSN, or a time (2026-11-22T12:00:00Z)"
+        raise RequestRefused(400, "since cannot be read", hint=hint) from None
+    if instant.tzinfo is None:
+        raise RequestRefused(400, "since: a time needs its zone", hint="2026-11-22T12:00:00Z")
+    return instant

@@ -1,0 +1,102 @@
+"""A client's stream from its first word to its last: what it missed, what comes, why it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from walstream.errors import Unavailable
+from walstream.live.clients import Client, End
+from walstream.live.history import Trimmed
+from walstream.live.hub import Hub
+from walstream.live.replays import Replay, resolve
+from walstream.live.subscriptions import RequestRefused
+from walstream.positions import Position
+
+CATCH_UP_SECONDS = 0.2
+"""How often it is looked whether the stream has come to where a client was before a restart."""
+
+
+async def begin_at(hub: Hub, since: str | None) -> Position | None:
+    """Return where a stream begins: now, or behind ``since``; None when that is not kept any more.
+
+    Raises:
+        RequestRefused: ``since`` cannot be read, or cannot be judged at this moment.
+    """
+    if since is None:
+        return hub.position
+    position = await resolve(since, hub)
+    try:
+        is_foreign = position is not None and await hub.is_foreign(position)
+    except Unavailable:
+        raise RequestRefused(503, "the database cannot be asked at this moment") from None
+    return None if is_foreign else position
+
+
+async def stream(
+    hub: Hub, client: Client, begin: Position | None, heartbeat_seconds: float
+) -> AsyncIterator[bytes]:
+    """Give a client all that it missed, and then what comes, until it ends.
+
+    Args:
+        hub: with the changes.
+        client: new.
+        begin: from `begin_at`.
+        heartbeat_seconds: after so long without a change it gets a sign of life.
+    """
+    encoding = client.cohort.encoding
+    try:
+        if begin is None:
+            yield hub.reset_note(encoding, "trimmed")
+            begin = hub.position
+        while begin > hub.position and not client.has_ended:  # what it has got comes again
+            yield encoding.heartbeat
+            await asyncio.sleep(CATCH_UP_SECONDS)
+        async for piece in _replayed(hub, client, begin):
+            yield piece
+        async for piece in _live(hub, client, heartbeat_seconds):
+            yield piece
+    finally:
+        hub.leave(client)
+
+
+async def _replayed(hub: Hub, client: Client, begin: Position) -> AsyncIterator[bytes]:
+    while not client.has_ended:
+        try:
+            async for piece in Replay(hub, client, begin):
+                yield piece
+                if client.has_ended:
+                    return
+        except Trimmed:  # it was slower than the history is long
+            yield hub.reset_note(client.cohort.encoding, "trimmed")
+            begin = hub.position
+        else:
+            return
+
+
+async def _live(hub: Hub, client: Client, heartbeat_seconds: float) -> AsyncIterator[bytes]:
+    encoding = client.cohort.encoding
+    told = hub.position
+    while True:
+        await client.wait(heartbeat_seconds)
+        data = client.take()
+        if data:
+            yield data
+        elif client.end is None:
+            # It has all up to here; a filter that keeps little must not fall off the history.
+            is_news, told = hub.position != told, hub.position
+            yield encoding.note("position", {}, told) if is_news else encoding.heartbeat
+        if client.end is not None and not client.queued_bytes:
+            if client.end is not End.LEFT:
+                yield encoding.note("end", {"reason": client.end}, None)
+            return
+
+
+async def page(hub: Hub, client: Client, begin: Position) -> AsyncIterator[bytes]:
+    """Give a client what there is at this moment.
+
+    Raises:
+        Trimmed: it was slower than the history is long.
+    """
+    async for piece in Replay(hub, client, begin).read(hub.position):
+        yield piece
