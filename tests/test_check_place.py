@@ -17,7 +17,7 @@ from psycopg.conninfo import make_conninfo
 
 from tests.postgres import Database
 from tests.test_check import SLOT, finding
-from walstream import Change, Walstream
+from walstream import Change, Walstream, files
 from walstream import config as configuration
 from walstream.assembly import letters_of
 from walstream.check import Finding, Status, check, place
@@ -209,7 +209,7 @@ async def test_a_file_that_somebody_else_has_locked_is_a_problem_unless_it_is_us
 async def test_where_the_system_tells_no_locks_there_is_no_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place, "_LOCKS", tmp_path / "none")
+    monkeypatch.setattr(files, "_LOCKS", tmp_path / "none")
     Path("out.jsonl").touch()
     assert (await sink(parsed(**to_file("out.jsonl")), "out")).status is Status.OK
 

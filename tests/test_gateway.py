@@ -35,7 +35,7 @@ from walstream.gateway.app import make_app
 from walstream.gateway.metrics import make_registry
 from walstream.vitals import ChangeCount, Outcome, Phase, Vitals
 
-LISTEN: Final = "127.0.0.1:0"
+LISTEN: Final = HttpConfig(listen="127.0.0.1:0")
 REFERENCE: Final = "docs/metrics-and-health.md"
 OPENMETRICS: Final = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.5,*/*;q=0.1"}
 

@@ -40,6 +40,7 @@ from walstream.errors import (
     WalstreamError,
 )
 from walstream.gateway import Gateway
+from walstream.gateway.desk import Desk
 from walstream.health import Lag, stalled, stuck_seconds
 from walstream.heartbeat import Heartbeat
 from walstream.live.hub import Hub
@@ -52,6 +53,7 @@ from walstream.pushdown import PushedDown
 from walstream.recording import Recorder, RecordingBinding
 from walstream.recovery import SERVER_FAILURES, Action, Decision, Pauses, decide
 from walstream.reload import exchange_sinks, verify_reloadable
+from walstream.replay import Replay
 from walstream.router import Router
 from walstream.slot_watch import SlotWatch
 from walstream.source import Source, Started
@@ -361,11 +363,13 @@ class Daemon:
             config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
         )
         opened.push_async_callback(gate.close)
+        desk = Desk(lambda: self._parking, lambda: Replay(self._config, self._handlers))
+        opened.push_async_callback(desk.close, self.drain_seconds)
 
         def make_routes() -> Sequence[BaseRoute]:
             from walstream.gateway.routes import make_routes  # noqa: PLC0415 - needs the extra
 
-            return make_routes(config, gate, self._hub)
+            return make_routes(config, gate, self._hub, self.vitals, desk)
 
         await opened.enter_async_context(Gateway.open(config.http, self.vitals, make_routes))
 

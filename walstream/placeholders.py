@@ -107,6 +107,11 @@ class RowCondition(msgspec.Struct, frozen=True):
         return _filled(self.where, claims)
 
 
+def is_placeholder(value: str) -> bool:
+    """Whether a value of a condition waits for a claim."""
+    return _PLACEHOLDER.fullmatch(value) is not None
+
+
 _PLACEHOLDER: Final = re.compile(r"\{claims\.(.+)\}", re.DOTALL)
 _ALMOST: Final = re.compile(r"\{\s*claims\b", re.IGNORECASE)
 _LOOKALIKE: Final = re.compile(r"\{\s*[A-Za-z_]\w*(\.\w+)*\s*\}")
@@ -124,7 +129,7 @@ def _verify(comparison: Comparison) -> None:
     if _ALMOST.search(comparison.column):
         raise FilterError(f"found {comparison.column!r} as a column; a placeholder is for a value")
     for value in comparison.values:
-        if _PLACEHOLDER.fullmatch(value):
+        if is_placeholder(value):
             _verify_placeholder(comparison, value)
         elif _ALMOST.search(value) or _LOOKALIKE.fullmatch(value):
             raise FilterError(

@@ -24,8 +24,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tests import vitals
-from walstream.access.readers import Reader
-from walstream.access.refusals import AccessRefused
+from walstream.access import Reader
+from walstream.access import AccessRefused
 from walstream.changes import Operation, Relation
 from walstream.dead_letters import DeadLetter, LetterQuery, StoredLetter
 from walstream.gateway.answers import refusing
@@ -142,7 +142,7 @@ class FakeServer:
         app = Starlette(
             routes=[
                 dashboard_route(),
-                status_route(self.vitals, self.gate),
+                status_route(self.vitals, lambda: None, self.gate),
                 *letters_routes(desk, self.gate),
                 Route("/changes", refusing(self._changes)),
             ]

@@ -13,6 +13,7 @@ from typing import Final
 
 from walstream.assembly import Attached
 from walstream.check import (
+    access,
     connections,
     place,
     plugin,
@@ -40,7 +41,13 @@ _OF_THE_SERVER: Final = (
 )
 _OF_THE_SLOT: Final = (*plugin.QUESTIONS, *slot.QUESTIONS)
 
-QUESTIONS: Final = (*_OF_THE_SERVER, *_OF_THE_SLOT, *stores.QUESTIONS, *place.QUESTIONS)
+QUESTIONS: Final = (
+    *_OF_THE_SERVER,
+    *_OF_THE_SLOT,
+    *stores.QUESTIONS,
+    *access.QUESTIONS,
+    *place.QUESTIONS,
+)
 """All that is asked once, whatever the configuration."""
 
 
@@ -66,6 +73,8 @@ async def check(
         findings += await place.check_sinks(site)
         findings += await stores.check_targets(site)
         findings += await asked(site, stores.QUESTIONS)
+        findings += await asked(site, access.QUESTIONS)
+        findings += await access.check_roles(site)
     finally:
         await site.close()
     return Report((*findings, *of_the_place))

@@ -225,7 +225,7 @@ def _webhook(name: str, sink: WebhookSinkConfig) -> Outcome:
         )
     url = urlsplit(sink.url.get_secret_value())
     shown = f"{url.scheme}://{url.hostname}"
-    if url.scheme == "http" and not _is_local(url.hostname or ""):
+    if url.scheme == "http" and not is_local(url.hostname or ""):
         return warning(
             f"{shown}: rows cross the network unencrypted",
             f"-- use https in url under [sinks.{name}]",
@@ -243,7 +243,8 @@ def _webhook(name: str, sink: WebhookSinkConfig) -> Outcome:
     return ok(f"{shown}, which is not called now")
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Whether a host, by name or address, is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

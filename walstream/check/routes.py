@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import msgspec
@@ -100,14 +100,14 @@ async def _check_route(
 
 
 async def _judged(site: Site, route: Route, spec: RouteSpec) -> list[Outcome]:
-    tables = await _covered(site.catalog, route)
+    tables = await covered(site.catalog, route)
     named = [table for table in tables if table.relation == route.pattern.relation]
     if not any(map(hopeless, named)):  # told below, with what mends it
         try:
             await verify_route(site.catalog, route)
         except AccessRefused as refused:
             return [_refused(site, refused)]
-    keyed = await _immediately_keyed(site.catalog, tables)
+    keyed = await immediately_keyed(site.catalog, tables)
     return _judge(tables, route, frozenset(spec.columns.mask), keyed)
 
 
@@ -126,7 +126,7 @@ def _refused(site: Site, refused: AccessRefused) -> Outcome:
 _DENIED: Final = re.compile(r"permission denied for schema (.+)$")
 
 
-async def _covered(catalog: Catalog, route: Route) -> list[Table]:
+async def covered(catalog: Catalog, route: Route) -> list[Table]:
     """List what a route covers: in place of a partitioned table the partitions with its rows."""
     pattern = route.pattern
     relations = (
@@ -150,14 +150,14 @@ async def _partitions(catalog: Catalog, root: Relation) -> list[Relation]:
     return [Relation(*row) for row in rows]
 
 
-async def _immediately_keyed(catalog: Catalog, tables: Sequence[Table]) -> frozenset[Relation]:
+async def immediately_keyed(catalog: Catalog, tables: Sequence[Table]) -> frozenset[Relation]:
     """Return the tables whose primary key could be their identity, and is not."""
     if all(table.replica_identity in "df" or not table.key for table in tables):
         return frozenset()
     return frozenset(Relation(*row) for row in await catalog.rows(_KEYED))
 
 
-class _Concern(msgspec.Struct, frozen=True):
+class Concern(msgspec.Struct, frozen=True):
     """What is wrong with a table for a route; ``clause`` is the ALTER TABLE that mends it."""
 
     status: Status
@@ -171,12 +171,15 @@ def _judge(
     """Tell each concern once, with all tables that have it."""
     if not tables:
         return [warning("there is no such table or partition now, nothing will come")]
-    concerned: dict[_Concern, list[Table]] = {}
+    concerned: dict[Concern, list[Table]] = {}
     for table in tables:
         for concern in _with_cheapest(table, route, masked, is_keyed=table.relation in keyed):
             concerned.setdefault(concern, []).append(table)
-    if not concerned:
-        return [ok(_summed(tables))]
+    return told(concerned, route) if concerned else [ok(_summed(tables))]
+
+
+def told(concerned: Mapping[Concern, Sequence[Table]], route: Route) -> list[Outcome]:
+    """Tell each concern with all tables that have it."""
     return [
         Outcome(
             concern.status,
@@ -214,70 +217,70 @@ def _alter(table: Table, clause: str) -> str:
     return f"ALTER TABLE {identifier(table.relation.schema, table.relation.name)} {clause};"
 
 
-_FULL: Final = "REPLICA IDENTITY FULL"
-_DEFAULT: Final = "REPLICA IDENTITY DEFAULT"
+FULL: Final = "REPLICA IDENTITY FULL"
+DEFAULT: Final = "REPLICA IDENTITY DEFAULT"
 _LOGGED: Final = "SET LOGGED"
 
 
 def _with_cheapest(
     table: Table, route: Route, masked: frozenset[str], *, is_keyed: bool
-) -> list[_Concern]:
+) -> list[Concern]:
     """List the concerns; they are mended by the key where that is enough, which costs no WAL."""
     concerns = list(_concerns(table, route, masked))
-    if is_keyed and any(concern.clause == _FULL for concern in concerns):
+    if is_keyed and any(concern.clause == FULL for concern in concerns):
         by_key = msgspec.structs.replace(table, replica_identity="d", identity=table.key)
-        if not any(concern.clause == _FULL for concern in _concerns(by_key, route, masked)):
+        if not any(concern.clause == FULL for concern in _concerns(by_key, route, masked)):
             return [
-                msgspec.structs.replace(concern, clause=_DEFAULT)
-                if concern.clause == _FULL
+                msgspec.structs.replace(concern, clause=DEFAULT)
+                if concern.clause == FULL
                 else concern
                 for concern in concerns
             ]
     return concerns
 
 
-def _concerns(table: Table, route: Route, masked: frozenset[str]) -> Iterator[_Concern]:
+def _concerns(table: Table, route: Route, masked: frozenset[str]) -> Iterator[Concern]:
     if reason := hopeless(table):
         clause = _LOGGED if table.persistence == "u" else ""
-        yield _Concern(Status.PROBLEM, reason, clause)
+        yield Concern(Status.PROBLEM, reason, clause)
         if not clause:
             return
     if route.where is not None:
         unknown = columns(route.where) - {column.name for column in table.columns}
         if unknown:
-            text = f"has no {_listed(unknown)}: the filter never matches"
-            yield _Concern(Status.WARNING, text)
+            text = f"has no {listed(unknown)}: the filter never matches"
+            yield Concern(Status.WARNING, text)
             return
     yield from _unchanging(table, route)
     if table.replica_identity != "f":
         yield from _partial_identity(table, route, masked)
 
 
-def _unchanging(table: Table, route: Route) -> Iterator[_Concern]:
+def _unchanging(table: Table, route: Route) -> Iterator[Concern]:
     """Look for columns that have to have changed, and of which that cannot be known."""
     if not route.changed or Operation.UPDATE not in route.operations:
         return
     changed = frozenset(route.changed)
     unknown = changed - {column.name for column in table.columns}
     if unknown:
-        text = f"has no {_listed(unknown)}, which is to have changed"
-        yield _Concern(Status.WARNING, text)
+        text = f"has no {listed(unknown)}, which is to have changed"
+        yield Concern(Status.WARNING, text)
     carried = frozenset(table.identity)
     hidden = changed - unknown - carried
     if not hidden or not carried:  # without any identity there are no updates at all
         return
     text = (
-        f"of the old row an update carries only {_listed(carried)}, so that nobody knows whether"
-        f" {_listed(hidden)} changed: "
+        f"of the old row an update carries only {listed(carried)}, so that nobody knows whether"
+        f" {listed(hidden)} changed: "
     )
     if changed & carried:
-        text += f"updates that change nothing but {_listed(hidden)} are dropped"
-        yield _Concern(Status.WARNING, text, _FULL)
+        text += f"updates that change nothing but {listed(hidden)} are dropped"
+        yield Concern(Status.WARNING, text, FULL)
     else:
-        yield _Concern(Status.PROBLEM, text + "no update passes", _FULL)
+        yield Concern(Status.PROBLEM, text + "no update passes", FULL)
 
 
-def _partial_identity(table: Table, route: Route, masked: frozenset[str]) -> Iterator[_Concern]:
+def _partial_identity(table: Table, route: Route, masked: frozenset[str]) -> Iterator[Concern]:
     """Look for what updates and deletes do not carry, and the route wants to see."""
     wanted = [one for one in (Operation.UPDATE, Operation.DELETE) if one in route.operations]
     carried = frozenset(table.identity)
@@ -286,7 +289,7 @@ def _partial_identity(table: Table, route: Route, masked: frozenset[str]) -> Ite
     if not carried:
         lost = " and ".join(f"{operation}s" for operation in wanted)
         text = f"{lost} are lost: there is no replica identity to send them by"
-        yield _Concern(Status.PROBLEM, text, _FULL)
+        yield Concern(Status.PROBLEM, text, FULL)
         return
     where = route.where
     if where is not None and Operation.DELETE in wanted:
@@ -300,28 +303,28 @@ def _partial_identity(table: Table, route: Route, masked: frozenset[str]) -> Ite
         yield from _left_out(long, where, masked)
 
 
-def _left_out(long: set[str], where: Filter | None, masked: frozenset[str]) -> Iterator[_Concern]:
+def _left_out(long: set[str], where: Filter | None, masked: frozenset[str]) -> Iterator[Concern]:
     """Look at the columns whose values an update leaves out when they are long and unchanged."""
     text = "an update that leaves a value of 2 kB and more as it was does not carry it: "
     if where is not None and (read := long & columns(where)):
-        outcome = f"then the filter on {_listed(read)} does not match"
-        yield _Concern(Status.WARNING, text + outcome, _FULL)
+        outcome = f"then the filter on {listed(read)} does not match"
+        yield Concern(Status.WARNING, text + outcome, FULL)
     if hidden := long & masked:
-        outcome = f"then {_listed(hidden)} comes as unchanged, not masked"
-        yield _Concern(Status.WARNING, text + outcome, _FULL)
+        outcome = f"then {listed(hidden)} comes as unchanged, not masked"
+        yield Concern(Status.WARNING, text + outcome, FULL)
 
 
 def _untestable(
     where: Filter, carried: frozenset[str], what: str, grave: Status
-) -> Iterator[_Concern]:
+) -> Iterator[Concern]:
     absent = columns(where) - carried
     if not absent:
         return
-    text = f"{what} only {_listed(carried)}, the filter reads {_listed(absent)}: it"
+    text = f"{what} only {listed(carried)}, the filter reads {listed(absent)}: it"
     if _may_hold(where, carried):
-        yield _Concern(Status.WARNING, f"{text} does not match where that decides", _FULL)
+        yield Concern(Status.WARNING, f"{text} does not match where that decides", FULL)
     else:
-        yield _Concern(grave, f"{text} never matches", _FULL)
+        yield Concern(grave, f"{text} never matches", FULL)
 
 
 def _may_hold(where: Filter, carried: frozenset[str], *, negated: bool = False) -> bool:
@@ -337,7 +340,8 @@ def _may_hold(where: Filter, carried: frozenset[str], *, negated: bool = False) 
             return all(held) if isinstance(where, And) is not negated else any(held)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Write names with commas between them, in order."""
     return ", ".join(sorted(names))
 
 

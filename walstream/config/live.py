@@ -10,7 +10,6 @@ from pydantic import Field, field_validator
 
 from walstream.config.section import Bytes, Seconds, Section
 
-
 _ORIGIN: Final = re.compile(
     r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]*]+)(:\d{1,5})?|null|\*", re.IGNORECASE
 )

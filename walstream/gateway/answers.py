@@ -8,7 +8,7 @@ from typing import Final, Protocol, TypeAlias
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from walstream.access.readers import Reader
+from walstream.access import Reader
 from walstream.access.refusals import FORBIDDEN, UNAUTHORIZED, UNAVAILABLE, AccessRefused
 from walstream.gateway.tokens import token_of
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -23,12 +23,12 @@ from walstream.access.gate import Gate
 from walstream.access.readers import Reader
 from walstream.access.refusals import AccessRefused
 from walstream.config.live import LiveConfig
+from walstream.gateway.streams import Stream, open_stream
 from walstream.gateway.tokens import token_of
-from walstream.live.clients import Client, End
+from walstream.live.clients import Client, Cohort, End
 from walstream.live.encodings import JSON_LINES, SERVER_SENT_EVENTS, Encoding
-from walstream.live.history import Trimmed
 from walstream.live.hub import Hub
-from walstream.live.streams import begin_at, page, stream
+from walstream.live.streams import begin_at, page, serve
 from walstream.live.subscriptions import KEYS, Limits, RequestRefused, parse_subscriptions
 from walstream.positions import Position
 
@@ -55,7 +55,7 @@ class _Wish(NamedTuple):
 
     hub: Hub
     reader: Reader
-    client: Client
+    cohort: Cohort
     begin: Position | None
     is_page: bool
 
@@ -78,8 +78,6 @@ class _Changes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["method"] not in ("GET", "HEAD"):
-                raise RequestRefused(405, "only GET is answered here")
             wish = await self._wish(scope)
         except RequestRefused as refused:
             await _refuse(refused)(scope, receive, send)
@@ -91,6 +89,8 @@ class _Changes:
         await self._answer(wish, scope, receive, send)
 
     async def _wish(self, scope: Scope) -> _Wish:
+        if scope["method"] not in ("GET", "HEAD"):
+            raise RequestRefused(405, "only GET is answered here")
         headers = Headers(scope=scope)
         reader = await self._gate.admit(token_of(scope))
         hub = self._hub()
@@ -112,8 +112,7 @@ class _Changes:
             message = f"the history begins behind {hub.history.begins}"
             raise RequestRefused(410, message, hint="read the table anew, and go on without since")
         cohort = hub.cohort(subscriptions, reader, self._encoding)
-        client = Client(cohort, self._options.max_queue_bytes)
-        return _Wish(hub, reader, client, begin, is_page)
+        return _Wish(hub, reader, cohort, begin, is_page)
 
     def _parameters(self, scope: Scope) -> list[tuple[str, str]]:
         try:
@@ -132,63 +131,55 @@ class _Changes:
         return parameters
 
     async def _answer(self, wish: _Wish, scope: Scope, receive: Receive, send: Send) -> None:
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [
-                    (b"content-type", self._encoding.media_type.encode()),
-                    (b"cache-control", b"no-store"),
-                    (b"x-accel-buffering", b"no"),  # nginx would hold events back
-                ],
-            }
-        )
-        if scope["method"] == "HEAD":
-            await send({"type": "http.response.body"})
-            return
-        leaving = asyncio.create_task(_until_left(receive, wish.client))
-        expiring = self._expire(wish)
-        try:
-            async for data in self._pieces(wish):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body"})
-        finally:
-            leaving.cancel()
-            if expiring is not None:
-                expiring.cancel()
+        headers = [
+            (b"content-type", self._encoding.media_type.encode()),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),  # nginx would hold events back
+        ]
+        farewell = self._encoding.note("end", {"reason": End.CLOSING}, None)
+        async with open_stream(
+            scope,
+            receive,
+            send,
+            headers,
+            farewell=farewell,
+            compress=self._options.compress,
+        ) as outflow:
+            client = Client(wish.cohort, outflow, self._options.max_queue_bytes)
+            leaving = asyncio.create_task(_until_left(outflow, client))
+            expiring = _expire(wish.reader, client)
+            try:
+                await self._serve(wish, client)
+            finally:
+                leaving.cancel()
+                if expiring is not None:
+                    expiring.cancel()
 
-    def _expire(self, wish: _Wish) -> asyncio.TimerHandle | None:
-        expires_at = wish.reader.expires_at
-        if expires_at is None:
-            return None
-        # A timer beyond a month is not needed, and one beyond centuries overflows.
-        seconds = min(max(0.0, expires_at - time.time()), 30 * 86400.0)
-        loop = asyncio.get_running_loop()
-        return loop.call_later(seconds, wish.client.finish, End.EXPIRED)
-
-    async def _pieces(self, wish: _Wish) -> AsyncIterator[bytes]:
-        hub, client = wish.hub, wish.client
+    async def _serve(self, wish: _Wish, client: Client) -> None:
+        hub, options = wish.hub, self._options
         if wish.is_page:
             assert wish.begin is not None  # noqa: S101 - refused before
-            try:
-                async for data in page(hub, client, wish.begin):
-                    yield data
-            except Trimmed:
-                yield hub.reset_note(self._encoding, "trimmed")
+            await page(hub, client, wish.begin)
             return
         if self._encoding is SERVER_SENT_EVENTS:
-            retry = round(self._options.retry_seconds * 1000)
-            yield f"retry: {retry}\n".encode()
+            client.outflow.write(b"retry: %d\n" % round(options.retry_seconds * 1000))
         begin = hub.position if wish.begin is None else wish.begin
-        yield self._encoding.note("streaming", {}, begin)
-        async for data in stream(hub, client, wish.begin, self._options.heartbeat_seconds):
-            yield data
+        client.outflow.write(self._encoding.note("streaming", {}, begin))
+        await serve(hub, client, wish.begin, options.heartbeat_seconds)
 
 
-async def _until_left(receive: Receive, client: Client) -> None:
-    """Wait for the client to leave."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _expire(reader: Reader, client: Client) -> asyncio.TimerHandle | None:
+    """End the stream when the token does."""
+    if reader.expires_at is None:
+        return None
+    # A timer beyond a month is not needed, and one beyond centuries overflows.
+    seconds = min(max(0.0, reader.expires_at - time.time()), 30 * 86400.0)
+    return asyncio.get_running_loop().call_later(seconds, client.finish, End.EXPIRED)
+
+
+async def _until_left(outflow: Stream, client: Client) -> None:
+    """Wait for the client to leave, or for the server to cut it."""
+    await outflow.ended()
     client.finish(End.LEFT)
 
 

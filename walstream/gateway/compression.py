@@ -31,9 +31,7 @@ class Compressor:
     """One stream's gzip: what it has been given can be read after each piece."""
 
     def __init__(self) -> None:
-        self._deflate = zlib.compressobj(
-            _LEVEL, zlib.DEFLATED, _GZIP + _WINDOW_BITS, _MEMORY_LEVEL
-        )
+        self._deflate = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP + _WINDOW_BITS, _MEMORY_LEVEL)
 
     def piece(self, data: bytes) -> bytes:
         """Compress, so that the client can read all of the data now."""
@@ -77,7 +75,9 @@ class CompressAnswers:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, _Compressing(send, is_wanted=accepts_gzip(scope["headers"])))
+        await self._app(
+            scope, receive, _Compressing(send, is_wanted=accepts_gzip(scope["headers"]))
+        )
 
 
 class _Compressing:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from walstream.access.readers import Reader
+from walstream.access import Reader
 from walstream.dead_letters import LetterQuery, StoredLetter
 from walstream.errors import DeadLetterStoreFailed, ReplayRuns, WalstreamError
 from walstream.gateway.answers import (

@@ -17,8 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from walstream.access.readers import Reader
+from walstream.access import Reader
 from walstream.gateway.answers import NO_STORE, Admits, forbidden, reader_of, refusing
+from walstream.live.clients import End
+from walstream.live.hub import Hub
 from walstream.lsn import Lsn
 from walstream.vitals import CALL_SECONDS_BOUNDS, CallTimes, DestinationVitals, Vitals
 
@@ -28,11 +30,14 @@ _COUNTERS: Final = (
 )
 
 
-def status_route(vitals: Callable[[], Vitals], gate: Admits) -> Route:
+def status_route(
+    vitals: Callable[[], Vitals], hub: Callable[[], Hub | None], gate: Admits
+) -> Route:
     """Make the path; it answers GET and HEAD.
 
     Args:
         vitals: asked once for each request, in the event loop.
+        hub: with the clients; None while there is no live sink.
         gate: who may see them.
     """
 
@@ -40,7 +45,7 @@ def status_route(vitals: Callable[[], Vitals], gate: Admits) -> Route:
         reader = await reader_of(request, gate)
         if not reader.can_see_status:
             raise forbidden(reader, "see the figures", "status")
-        told = {**described(vitals()), "reader": _who(reader)}
+        told = {**described(vitals()), "live": _live(hub()), "reader": _who(reader)}
         body = _ENCODER.encode(told)
         return Response(body, media_type="application/json", headers=NO_STORE)
 
@@ -107,6 +112,20 @@ def _p99(calls: CallTimes) -> float | None:
         if wanted and within >= wanted:
             return bound
     return None
+
+
+def _live(hub: Hub | None) -> Mapping[str, Any] | None:
+    if hub is None:
+        return None
+    return {
+        "clients": hub.client_count,
+        "published": hub.published_changes,
+        "sent": hub.sent_changes,
+        "slow": hub.ended[End.SLOW],
+        "expired": hub.ended[End.EXPIRED],
+        "position": str(hub.position),
+        "begins": str(hub.history.begins),
+    }
 
 
 def _who(reader: Reader) -> Mapping[str, Any]:

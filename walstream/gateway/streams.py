@@ -1,8 +1,8 @@
-"""Answers that go on: pieces are given when they come, and nothing waits for a client.
+r"""Answers that go on: pieces are given when they come, and nothing waits for a client.
 
 An endpoint opens its stream and writes to it from wherever it likes in the event loop::
 
-    async with open_stream(scope, receive, send, headers, farewell=b"event: end\\n\\n") as stream:
+    async with open_stream(scope, receive, send, headers, farewell=b"event: end\n\n") as stream:
         hub.attach(stream.write)
         await stream.ended()
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import Final, TypeAlias
@@ -58,7 +58,7 @@ Heads: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 
 @asynccontextmanager
-async def open_stream(  # noqa: PLR0913 - the first three are ASGI's
+async def open_stream(
     scope: Scope,
     receive: Receive,
     send: Send,
@@ -153,7 +153,7 @@ class Stream(ABC):
             self._over.set()
             self._tell_moved()
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 - nothing to do for most
         """Send from now on: the head is out."""
 
     async def finish(self) -> None:
@@ -274,7 +274,7 @@ class DirectStream(Stream):
 
 
 Open: TypeAlias = Callable[[Compressor | None, bytes], DirectStream]
-"""Makes the stream of the request whose scope this is in; gets what compresses, and the farewell."""
+"""Makes the stream of the request that has this in its scope, with compressor and farewell."""
 
 
 class Rounds:

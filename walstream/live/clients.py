@@ -55,64 +55,66 @@ class Cohort:
         return self.subscriptions, self.reader.grants, self.encoding
 
 
+class Outflow(Protocol):
+    """The way to one client; `walstream.gateway.streams.Stream` is one."""
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What has been written and the client has not fetched."""
+
+    def write(self, piece: bytes) -> None:
+        """Send a piece, soon and in order."""
+
+    def drop(self) -> None:
+        """Forget what has not been sent."""
+
+    async def room(self) -> None:
+        """Wait until the client has fetched nearly all."""
+
+
 class Client:
-    """What waits for one client, up to a bound.
+    """One client, and how much may wait for it.
 
     One that does not keep up is cut off rather than waited for: it comes back with the last id that
     it has got, and reads what it missed from the history.
     """
 
-    __slots__ = ("_max_bytes", "_pieces", "_waiter", "cohort", "end", "queued_bytes")
+    __slots__ = ("_ended", "_max_bytes", "cohort", "end", "outflow")
 
-    def __init__(self, cohort: Cohort, max_queue_bytes: int) -> None:
+    def __init__(self, cohort: Cohort, outflow: Outflow, max_queue_bytes: int) -> None:
         self.cohort = cohort
+        self.outflow = outflow
         self.end: End | None = None
-        self.queued_bytes = 0
         self._max_bytes = max_queue_bytes
-        self._pieces: list[bytes] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._ended: asyncio.Future[None] | None = None
 
-    @property
     def has_ended(self) -> bool:
         """Whether the stream is to end."""
         return self.end is not None
 
     def push(self, data: bytes) -> None:
-        """Let something wait for the client, or give the client up."""
+        """Send something, or give the client up."""
         if self.end is not None:
             return
-        if self.queued_bytes and self.queued_bytes + len(data) > self._max_bytes:
+        waiting = self.outflow.waiting_bytes
+        if waiting and waiting + len(data) > self._max_bytes:
             self.finish(End.SLOW)
-            return
-        self._pieces.append(data)
-        self.queued_bytes += len(data)
-        self._wake()
+        else:
+            self.outflow.write(data)
 
     def finish(self, end: End) -> None:
-        """Let the stream end; what a slow client has not got is dropped."""
-        if self.end is None:
-            self.end = end
-            if end is End.SLOW:
-                self._pieces.clear()
-                self.queued_bytes = 0
-            self._wake()
-
-    def take(self) -> bytes:
-        """Return what waits; nothing for nothing."""
-        pieces, self._pieces = self._pieces, []
-        self.queued_bytes = 0
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        """Let the stream end; what a slow client has not fetched is dropped."""
+        if self.end is not None:
+            return
+        self.end = end
+        if end is End.SLOW:
+            self.outflow.drop()
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
 
     async def wait(self, seconds: float) -> None:
-        """Wait until there is something to take, or to end for, but not longer."""
-        if self._pieces or self.end is not None:
+        """Wait until the stream is to end, but not longer."""
+        if self.end is not None:
             return
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await asyncio.wait([self._waiter], timeout=seconds)
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._ended = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._ended], timeout=seconds)

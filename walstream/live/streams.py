@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-
 from walstream.errors import Unavailable
 from walstream.live.clients import Client, End
 from walstream.live.history import Trimmed
@@ -33,70 +30,64 @@ async def begin_at(hub: Hub, since: str | None) -> Position | None:
     return None if is_foreign else position
 
 
-async def stream(
-    hub: Hub, client: Client, begin: Position | None, heartbeat_seconds: float
-) -> AsyncIterator[bytes]:
+async def serve(hub: Hub, client: Client, begin: Position | None, heartbeat_seconds: float) -> None:
     """Give a client all that it missed, and then what comes, until it ends.
 
     Args:
         hub: with the changes.
         client: new.
         begin: from `begin_at`.
-        heartbeat_seconds: after so long without a change it gets a sign of life.
+        heartbeat_seconds: after so long it gets a sign of life.
     """
-    encoding = client.cohort.encoding
+    encoding, outflow = client.cohort.encoding, client.outflow
     try:
         if begin is None:
-            yield hub.reset_note(encoding, "trimmed")
+            outflow.write(hub.reset_note(encoding, "trimmed"))
             begin = hub.position
-        while begin > hub.position and not client.has_ended:  # what it has got comes again
-            yield encoding.heartbeat
-            await asyncio.sleep(CATCH_UP_SECONDS)
-        async for piece in _replayed(hub, client, begin):
-            yield piece
-        async for piece in _live(hub, client, heartbeat_seconds):
-            yield piece
+        while begin > hub.position and not client.has_ended():  # what it has got comes again
+            await client.wait(CATCH_UP_SECONDS)
+        await _replay(hub, client, begin)
+        await _live(hub, client, heartbeat_seconds)
+        if client.end is not End.LEFT:
+            outflow.write(encoding.note("end", {"reason": client.end}, None))
     finally:
         hub.leave(client)
 
 
-async def _replayed(hub: Hub, client: Client, begin: Position) -> AsyncIterator[bytes]:
-    while not client.has_ended:
+async def _replay(hub: Hub, client: Client, begin: Position) -> None:
+    while not client.has_ended():
         try:
             async for piece in Replay(hub, client, begin):
-                yield piece
-                if client.has_ended:
+                client.outflow.write(piece)
+                await client.outflow.room()
+                if client.has_ended():
                     return
         except Trimmed:  # it was slower than the history is long
-            yield hub.reset_note(client.cohort.encoding, "trimmed")
+            client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))
             begin = hub.position
         else:
             return
 
 
-async def _live(hub: Hub, client: Client, heartbeat_seconds: float) -> AsyncIterator[bytes]:
+async def _live(hub: Hub, client: Client, heartbeat_seconds: float) -> None:
     encoding = client.cohort.encoding
     told = hub.position
-    while True:
+    while not client.has_ended():
         await client.wait(heartbeat_seconds)
-        data = client.take()
-        if data:
-            yield data
-        elif client.end is None:
-            # It has all up to here; a filter that keeps little must not fall off the history.
-            is_news, told = hub.position != told, hub.position
-            yield encoding.note("position", {}, told) if is_news else encoding.heartbeat
-        if client.end is not None and not client.queued_bytes:
-            if client.end is not End.LEFT:
-                yield encoding.note("end", {"reason": client.end}, None)
-            return
+        if client.has_ended() or client.outflow.waiting_bytes:
+            continue
+        # It has all up to here; a filter that keeps little must not fall off the history.
+        is_news, told = hub.position != told, hub.position
+        client.push(encoding.note("position", {}, told) if is_news else encoding.heartbeat)
 
 
-async def page(hub: Hub, client: Client, begin: Position) -> AsyncIterator[bytes]:
-    """Give a client what there is at this moment.
-
-    Raises:
-        Trimmed: it was slower than the history is long.
-    """
-    async for piece in Replay(hub, client, begin).read(hub.position):
-        yield piece
+async def page(hub: Hub, client: Client, begin: Position) -> None:
+    """Give a client what there is at this moment."""
+    try:
+        async for piece in Replay(hub, client, begin).read(hub.position):
+            client.outflow.write(piece)
+            await client.outflow.room()
+            if client.has_ended():
+                return
+    except Trimmed:
+        client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))

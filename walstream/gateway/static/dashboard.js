@@ -33,6 +33,11 @@ function count(number) {
   return number === null || number === undefined ? "–" : whole.format(number);
 }
 
+/** So many of something, in the plural where it is due. */
+function many(number, word) {
+  return `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+}
+
 /** A rate of few is told with a decimal, one of many without. */
 function rate(number) {
   if (number === null || number === undefined) return "–";
@@ -341,7 +346,7 @@ const feed = {
     const now = performance.now();
     if (now - this.spokenAt < 5000) return;
     this.spokenAt = now;
-    say(`${count(this.heard)} new ${this.heard === 1 ? "change" : "changes"}`);
+    say(many(this.heard, "new change"));
     this.heard = 0;
   },
 
@@ -782,7 +787,7 @@ function showStream({ phase, phase_seconds, reason, stalled_seconds, stalled_bec
     fact("Received", positions.received_lsn),
     fact("All taken up to", positions.flush_lsn),
     fact("End of WAL", positions.server_lsn),
-    fact("In flight", `${count(in_flight.changes)} changes, ${bytes(in_flight.bytes)}`),
+    fact("In flight", `${many(in_flight.changes, "change")}, ${bytes(in_flight.bytes)}`),
     fact("Transactions", count(counters.transactions)),
     fact("Changes", count(counters.changes)),
     counters.messages > 0 && fact("Messages", count(counters.messages)),
@@ -805,7 +810,7 @@ function showSlot({ slot, slot_name, lost }) {
     slot.wal_status && fact("State of its WAL", slot.wal_status, { tone: WAL_TONES[slot.wal_status] }),
     fact("Retained WAL", bytes(retained), { part: safe ? retained / (retained + safe) : null }),
     safe !== null && fact("Room before it is lost", bytes(safe), { tone: safe <= 0 ? "bad" : undefined }),
-    slot.spilled_transactions > 0 && fact("Spilled by the server", `${count(slot.spilled_transactions)} transactions, ${bytes(slot.spilled_bytes)}`),
+    slot.spilled_transactions > 0 && fact("Spilled by the server", `${many(slot.spilled_transactions, "transaction")}, ${bytes(slot.spilled_bytes)}`),
     ...lost.map(({ table, operation, count: times }) => fact(`Never sent: ${operation} of ${table}`, count(times), { tone: "bad" })),
   ]);
 }
@@ -824,8 +829,8 @@ function showJournal(journal) {
 }
 
 const CLIENT_WORDS = {
-  clients: "Connected", subscriptions: "Subscriptions", events: "Events sent", bytes: "Bytes sent",
-  queued_bytes: "Waiting for them", slow: "Dropped as slow", expired: "Tokens expired", refused: "Refused", resets: "Resets",
+  clients: "Connected", published: "Changes published", sent: "Changes sent to them",
+  slow: "Cut off as slow", expired: "Ended by an expired token",
 };
 
 function showClients(live) {
@@ -971,7 +976,7 @@ const letters = {
         this.enable();
       });
       const cells = [
-        [letter.id, "n"], [letter.route], [letter.change_id, "mono"], [letter.table ? `${letter.schema}.${letter.table}` : "–"],
+        [letter.id], [letter.route], [letter.change_id, "mono"], [letter.table ? `${letter.schema}.${letter.table}` : "–"],
         [letter.operation ?? "message"], [letter.attempts, "n"], [letter.parked ? "waits behind another" : letter.error, "error"],
         [moment(letter.stored_at)],
       ];
