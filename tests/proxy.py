@@ -10,7 +10,8 @@ from one that runs another loop, and return when it is done. What lasts (`stall`
 or `restore` is called. What is done at once (`cut`, `half_close`, `cut_after`) concerns those that
 are there; new ones pass.
 
-From a connection's startup packet it knows whether it is one for replication.
+From a connection's startup packet it knows whether it is one for replication. To another server
+than Postgres, with ``is_postgres`` false, all connections are ordinary ones.
 """
 
 from __future__ import annotations
@@ -89,13 +90,15 @@ PASS: Final = Manner()
 class Proxy:
     """Listens on a free port of 127.0.0.1 while the block runs, and passes on to a server."""
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, *, is_postgres: bool = True) -> None:
         """Choose the server.
 
         Args:
             dsn: a connection string that leads to it, by TCP or a Unix socket.
+            is_postgres: whether connections begin with a startup packet.
         """
         self.port = 0
+        self.is_postgres = is_postgres
         self._server = _address(dsn)
         self._manner = PASS
         self._links: list[_Link] = []
@@ -344,7 +347,7 @@ class _Link:
     async def run(self) -> None:
         """Pass bytes until both sides have ended, or one is gone."""
         try:
-            packet = await self._startup_packet()
+            packet = await self._startup_packet() if self._proxy.is_postgres else b""
             self.budget = self._proxy.budget(replication=self.replication)
             await self._proxy.leave(Direction.TO_SERVER, replication=self.replication)
             self.server = await self._proxy.connect()

@@ -29,6 +29,7 @@ from starlette.routing import Mount
 from tests import vitals
 from tests.test_documents import code, tables, text_of
 from walstream.changes import Operation, Relation
+from walstream.config.live import HttpConfig
 from walstream.errors import EX_CONFIG, ConfigError, SetupError
 from walstream.gateway import Gateway, listening, server
 from walstream.gateway.app import make_app
@@ -337,6 +338,11 @@ def test_alerts_name_events_that_are_logged() -> None:
 # ---- Listening
 
 
+def at(listen: str) -> HttpConfig:
+    """Also what the configuration would refuse."""
+    return HttpConfig.model_construct(listen=listen)
+
+
 async def test_it_listens_on_a_free_port_and_says_where(
     process: Process, logged: list[Any]
 ) -> None:
@@ -354,17 +360,23 @@ async def test_it_listens_on_a_free_port_and_says_where(
 
 
 async def test_it_warns_when_others_can_reach_it(logged: list[Any]) -> None:
-    async with Gateway.open("0.0.0.0:0", vitals.full) as gateway:
+    async with Gateway.open(at("0.0.0.0:0"), vitals.full) as gateway:
         assert gateway.address.startswith("0.0.0.0:")
     assert [one["event"] for one in logged] == ["http_listening", "http_exposed"]
 
 
 async def test_localhost_and_ipv6_are_addresses() -> None:
-    async with Gateway.open("localhost:0", vitals.full) as gateway, httpx.AsyncClient() as client:
+    async with (
+        Gateway.open(at("localhost:0"), vitals.full) as gateway,
+        httpx.AsyncClient() as client,
+    ):
         port = gateway.address.rpartition(":")[2]
         assert (await client.get(f"http://localhost:{port}/metrics")).status_code == 200
     if socket.has_ipv6 and can_bind("::1"):
-        async with Gateway.open("[::1]:0", vitals.full) as gateway, httpx.AsyncClient() as client:
+        async with (
+            Gateway.open(at("[::1]:0"), vitals.full) as gateway,
+            httpx.AsyncClient() as client,
+        ):
             assert gateway.address.startswith("[::1]:")
             assert (await client.get(f"http://{gateway.address}/metrics")).status_code == 200
 
@@ -379,11 +391,11 @@ def can_bind(host: str) -> bool:
 async def test_a_taken_address_is_told() -> None:
     async with Gateway.open(LISTEN, vitals.full) as gateway:
         with pytest.raises(SetupError, match=f"{gateway.address}: Address already in use") as error:
-            async with Gateway.open(gateway.address, vitals.full):
+            async with Gateway.open(at(gateway.address), vitals.full):
                 pass
     assert "ss -ltnp" in error.value.hint
     assert error.value.exit_code == EX_CONFIG
-    async with Gateway.open(gateway.address, vitals.full):  # free again at once
+    async with Gateway.open(at(gateway.address), vitals.full):  # free again at once
         pass
 
 
@@ -406,7 +418,7 @@ async def test_addresses_that_cannot_be_had_are_told(
     listen: str, kind: type[SetupError], says: str, hint: str
 ) -> None:
     with pytest.raises(kind, match=re.escape(says)) as error:
-        async with Gateway.open(listen, vitals.full):
+        async with Gateway.open(at(listen), vitals.full):
             pass
     assert hint in error.value.hint
 
@@ -492,18 +504,18 @@ async def test_a_request_that_takes_too_long_is_given_up(
     assert [one["event"] for one in logged] == ["http_listening", "http_refused", "http_refused"]
 
 
-async def test_connections_are_bounded(
+async def test_connections_are_bounded_and_those_that_ask_for_nothing_make_room(
     monkeypatch: pytest.MonkeyPatch, async_wait_until: Callable[..., Awaitable[Any]]
 ) -> None:
-    monkeypatch.setattr(server, "MAX_REQUESTS", 4)
-    async with Gateway.open(LISTEN, vitals.full) as gateway:
-        held = [await connect(gateway) for _ in range(4)]
-        await async_wait_until(lambda: len(gateway.server._state.connections) == 4)
+    monkeypatch.setattr(server, "RESERVED", 4)
+    http = HttpConfig(listen="127.0.0.1:0", max_connections=4)
+    async with Gateway.open(http, vitals.full) as gateway:
+        held = [await connect(gateway) for _ in range(24)]
+        await async_wait_until(lambda: len(gateway.server._state.connections) == 8)
+        assert await held[0][0].read() == b""
         async with httpx.AsyncClient() as client:
             answer = await client.get(f"http://{gateway.address}/health/live")
-            assert answer.status_code == 503
-        held += [await connect(gateway) for _ in range(20)]
-        await async_wait_until(lambda: len(gateway.server._state.connections) <= 8)
+            assert answer.status_code == 200
         for _, writer in held:
             writer.close()
         await async_wait_until(lambda: not gateway.server._state.connections)
@@ -547,7 +559,7 @@ async def test_several_requests_on_one_connection_are_answered_in_order() -> Non
     async with Gateway.open(LISTEN, vitals.full) as gateway:
         reader, writer = await connect(gateway)
         one = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-        last = b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        last = b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         writer.write(one + one + last)
         answers = (await reader.read()).split(b"HTTP/1.1 ")[1:]
         assert [answer[:3] for answer in answers] == [b"200", b"200", b"404"]

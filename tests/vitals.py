@@ -14,6 +14,7 @@ from walstream.vitals import (
     CallTimes,
     ChangeCount,
     DestinationVitals,
+    LiveVitals,
     LostCount,
     Outcome,
     Phase,
@@ -71,6 +72,14 @@ def full(**differs: Any) -> Vitals:
                 "orders", 900, 8, 1, 2, 3, 4, waiting=3, held_seconds=0.5, calls=CALLS
             ),
             DestinationVitals("archive", 0, 0, 0, 0, 0, 0),
+        ),
+        heartbeat_seconds=0.02,
+        live=LiveVitals(
+            clients=500,
+            cohorts=20,
+            published_changes=1000,
+            sent_changes=50_000,
+            ended={"left": 40, "slow": 1},
         ),
     )
     return msgspec.structs.replace(vitals, **differs)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import structlog
 
 from walstream import config as configuration
 from walstream import logs
+from walstream.access.gate import Gate
 from walstream.config import CallSpec, Config, MessageSpec, RouteSpec
 from walstream.daemon import Daemon
 from walstream.destinations import Handler, HandlerFunction
-from walstream.errors import UsageError
+from walstream.errors import SetupError, UsageError
+from walstream.gateway.desk import Desk
+from walstream.gateway.parts import Parts
+from walstream.live.hub import Hub
+from walstream.parking import Parking
+from walstream.replay import Replay
 from walstream.summary import Summary
 from walstream.typed import RowModel
 from walstream.vitals import Phase, Vitals
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 Function = TypeVar("Function", bound=HandlerFunction)
 
@@ -220,6 +229,48 @@ class Walstream:
         """
         if self._daemon is not None and self._loop is not None:
             self._loop.call_soon_threadsafe(self._daemon.stop)
+
+    def http_app(self, config: Config | Path | str | None = None) -> ASGIApp:
+        """Make an ASGI application for a program of one's own: health, metrics, changes, dashboard.
+
+        It tells of the `run` of this object in the same event loop, whose configuration then needs
+        no ``http.listen``. Hosts and origins are left to the program around::
+
+            app = Starlette(routes=[Mount("/walstream", stream.http_app("walstream.toml"))])
+
+        Args:
+            config: as for `run`, and the same.
+
+        Raises:
+            ConfigError: the configuration is wrong.
+            SetupError: ``walstream[http]`` is not installed.
+        """
+        if not isinstance(config, Config):
+            config = configuration.load(None if config is None else Path(config))
+        try:
+            from walstream.gateway.app import make_app  # noqa: PLC0415 - needs the extra
+            from walstream.gateway.routes import make_routes  # noqa: PLC0415 - the same
+        except ImportError as error:
+            message = f"the module {error.name} is not installed"
+            raise SetupError(message, hint='pip install "walstream[http]"') from None
+        gate = Gate(
+            config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
+        )
+        desk = Desk(self._parking, self._make_replay)
+        return make_app(
+            self.vitals, make_routes(Parts(self.vitals, self._hub, gate, desk, config.live))
+        )
+
+    def _hub(self) -> Hub | None:
+        return None if self._daemon is None else self._daemon.hub()
+
+    def _parking(self) -> Parking | None:
+        return None if self._daemon is None else self._daemon.parking
+
+    def _make_replay(self) -> Replay:
+        if self._daemon is None:
+            raise UsageError("nothing runs here", hint="replay while the application runs")
+        return self._daemon.make_replay()
 
     def vitals(self) -> Vitals:
         """Say how it is at this moment; before and after `run` it is stopped."""

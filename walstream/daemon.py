@@ -41,12 +41,14 @@ from walstream.errors import (
 )
 from walstream.gateway import Gateway
 from walstream.gateway.desk import Desk
+from walstream.gateway.parts import Parts
 from walstream.health import Lag, stalled, stuck_seconds
 from walstream.heartbeat import Heartbeat
 from walstream.live.hub import Hub
 from walstream.loop_watch import watch_loop
 from walstream.lsn import ZERO, Lsn
 from walstream.outlets import Held
+from walstream.parking import Parking
 from walstream.postgres import python_encoding
 from walstream.preflight import verify_routes
 from walstream.pushdown import PushedDown
@@ -255,6 +257,24 @@ class Daemon:
         """Whether a handler's function still runs although `run` has returned."""
         return self._delivery.is_busy
 
+    def hub(self) -> Hub | None:
+        """Return what clients by HTTP read from, if a route leads there."""
+        live = self._assembly.live
+        return None if live is None else live.hub
+
+    @property
+    def parking(self) -> Parking | None:
+        """Where dead letters are, when a route has them."""
+        return self._parking
+
+    def make_replay(self) -> Replay:
+        """Make a replay of dead letters, under the configuration that holds now.
+
+        Raises:
+            WalstreamError: it cannot be made.
+        """
+        return Replay(self._config, self._handlers)
+
     def summary(self) -> Summary:
         """Say what has been done so far."""
         return Summary(
@@ -281,7 +301,7 @@ class Daemon:
         received_lsn = self.flush_lsn if session is None else session.received_lsn
         if session is not None:
             self._server_lsn = session.server_lsn
-        stream = self._config.stream
+        stream, live, beating = self._config.stream, self._assembly.live, self._heartbeat
         return Vitals(
             phase=self._phase,
             phase_seconds=now - self._phase_since,
@@ -318,6 +338,8 @@ class Daemon:
             ),
             routes=self._routes(),
             destinations=delivery.destinations(),
+            heartbeat_seconds=None if beating is None else beating.last_round_trip_seconds,
+            live=None if live is None else live.hub.vitals(),
         )
 
     def _routes(self) -> tuple[RouteSummary, ...]:
@@ -363,19 +385,16 @@ class Daemon:
             config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
         )
         opened.push_async_callback(gate.close)
-        desk = Desk(lambda: self._parking, lambda: Replay(self._config, self._handlers))
+        desk = Desk(lambda: self._parking, self.make_replay)
         opened.push_async_callback(desk.close, self.drain_seconds)
+        parts = Parts(self.vitals, self.hub, gate, desk, config.live)
 
         def make_routes() -> Sequence[BaseRoute]:
             from walstream.gateway.routes import make_routes  # noqa: PLC0415 - needs the extra
 
-            return make_routes(config, gate, self._hub, self.vitals, desk)
+            return make_routes(parts)
 
         await opened.enter_async_context(Gateway.open(config.http, self.vitals, make_routes))
-
-    def _hub(self) -> Hub | None:
-        live = self._assembly.live
-        return None if live is None else live.hub
 
     async def _close(self) -> None:
         """Let go of everything that the process has opened, in the order in which it is used."""

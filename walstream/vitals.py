@@ -7,12 +7,14 @@ know, from what the parts of the path count anyway.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from enum import StrEnum
 
 import msgspec
 
 from walstream.changes import Operation, Relation
 from walstream.lsn import ZERO, Lsn
+from walstream.positions import BEGINNING, Position
 from walstream.summary import DestinationSummary, RouteSummary
 
 
@@ -116,12 +118,47 @@ class SlotVitals(msgspec.Struct, frozen=True):
     age_seconds: float = 0.0
 
 
+class JournalVitals(msgspec.Struct, frozen=True):
+    """The journal: how much is in it, and whether it can be written to.
+
+    ``bytes`` is what its files take. Times are those of commits; ``oldest_seconds`` is how long ago
+    the oldest was. ``appended`` counts changes since the process began. ``failure`` says why the
+    last attempt to write failed; nothing when it did not.
+    """
+
+    bytes: int = 0
+    changes: int = 0
+    oldest_time: datetime | None = None
+    newest_time: datetime | None = None
+    oldest_seconds: float | None = None
+    begins: Position = BEGINNING
+    appended: int = 0
+    durable: bool = False
+    failure: str = ""
+
+
+class LiveVitals(msgspec.Struct, frozen=True):
+    """The clients by HTTP.
+
+    ``cohorts`` counts those that see different things. A change is published once and sent to each
+    client that sees it. ``ended`` counts streams by why they ended.
+    """
+
+    clients: int = 0
+    cohorts: int = 0
+    published_changes: int = 0
+    sent_changes: int = 0
+    ended: Mapping[str, int] = {}
+
+
 class Vitals(msgspec.Struct, frozen=True):
     """The process at one moment.
 
     ``stalled_seconds`` is how long changes have not got through although there is work, and
     ``stalled_because`` says what holds them up; 0 and nothing when all is well. ``lag_seconds`` is
     the age of the oldest committed change that is not acknowledged, as far as it is known.
+    ``heartbeat_seconds`` is how long the last heartbeat was under way, from here to the server's WAL
+    and back; None without heartbeats, and before the first.
     ``is_ready`` says that changes get through, ``is_alive`` that a restart would not help.
     """
 
@@ -154,3 +191,6 @@ class Vitals(msgspec.Struct, frozen=True):
     lost: tuple[LostCount, ...] = ()
     routes: tuple[RouteSummary, ...] = ()
     destinations: tuple[DestinationVitals, ...] = ()
+    heartbeat_seconds: float | None = None
+    live: LiveVitals | None = None
+    journal: JournalVitals | None = None

@@ -82,7 +82,7 @@ class Jwks:
                 found = self._find(algorithm, kid)
         if found is not None:
             return found
-        if self._failure:
+        if self._failure or self._keys is None:
             raise AccessRefused(
                 UNAVAILABLE,
                 "the keys that tokens are verified with cannot be read now",

@@ -75,7 +75,7 @@ class Verifier:
                 token,
                 key.value,
                 algorithms=sorted(key.algorithms & self._allowed),
-                audience=config.audiences,
+                audience=config.audience,
                 issuer=config.issuer,
                 leeway=config.leeway_seconds,
                 options={

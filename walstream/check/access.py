@@ -11,8 +11,15 @@ from walstream.access.jwks import Jwks
 from walstream.catalog import Catalog, Table
 from walstream.check.findings import Finding, Outcome, Status, ok, problem, unreachable, warning
 from walstream.check.place import is_local
-from walstream.check.routes import FULL, Concern, covered, immediately_keyed, listed, told
-from walstream.check.routes import DEFAULT as BY_KEY
+from walstream.check.routes import (
+    BY_KEY,
+    FULL,
+    Concern,
+    covered,
+    immediately_keyed,
+    listed,
+    told,
+)
 from walstream.check.site import Question, Site, answered
 from walstream.config.access import AccessConfig, TableConfig
 from walstream.filters import columns, literals
@@ -124,11 +131,15 @@ async def _judged_table(site: Site, section: TableConfig) -> list[Outcome]:
         RelationMissing: a rule is for a column that the table does not have.
         FilterError: the condition does not fit the columns' types.
     """
+    try:
+        projection = section.columns.projection(site.masking_key)
+    except ValueError as error:
+        return [problem(f"columns: {error}", "-- set key, or key_file, under [masking]")]
     granted = Route(
         name="",
         pattern=TablePattern.parse(section.table),
         destination=None,
-        projection=section.columns.projection(site.masking_key or b"-"),
+        projection=projection,
         own_tables=site.config.own_tables(),
     )
     tables = await covered(site.catalog, granted)

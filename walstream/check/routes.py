@@ -218,7 +218,7 @@ def _alter(table: Table, clause: str) -> str:
 
 
 FULL: Final = "REPLICA IDENTITY FULL"
-DEFAULT: Final = "REPLICA IDENTITY DEFAULT"
+BY_KEY: Final = "REPLICA IDENTITY DEFAULT"
 _LOGGED: Final = "SET LOGGED"
 
 
@@ -231,7 +231,7 @@ def _with_cheapest(
         by_key = msgspec.structs.replace(table, replica_identity="d", identity=table.key)
         if not any(concern.clause == FULL for concern in _concerns(by_key, route, masked)):
             return [
-                msgspec.structs.replace(concern, clause=DEFAULT)
+                msgspec.structs.replace(concern, clause=BY_KEY)
                 if concern.clause == FULL
                 else concern
                 for concern in concerns

@@ -69,8 +69,8 @@ def _claims(
     claims: dict[str, Any] = {"iat": now, "exp": now + lifetime_seconds}
     if access.issuer is not None:
         claims["iss"] = access.issuer
-    if access.audiences is not None:
-        claims["aud"] = access.audiences[0]
+    if access.audience is not None:
+        claims["aud"] = access.audience[0]
     for text in given:
         _put(claims, *_claim(text))
     _put(claims, ClaimPath.parse(access.role_claim), role)

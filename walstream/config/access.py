@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from walstream.config.columns import ColumnsConfig
 from walstream.config.section import Bytes, Section, read_secret
@@ -56,6 +63,22 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+_WORDS_SCHEMA: Final[dict[str, Any]] = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+    ]
+}
+
+Words = Annotated[
+    list[NonEmpty],
+    Field(min_length=1),
+    BeforeValidator(_listed),
+    WithJsonSchema(_WORDS_SCHEMA, mode="validation"),
+]
+"""One word, or a list of them."""
 
 
 class TableConfig(Section):
@@ -115,13 +138,11 @@ class AccessConfig(Section):
     public_key_file: Path | None = None
     algorithms: Annotated[list[AlgorithmName], Field(min_length=1)] | None = None
     issuer: NonEmpty | None = None
-    audience: (
-        Annotated[list[NonEmpty] | NonEmpty, Field(min_length=1), BeforeValidator(_listed)] | None
-    ) = None
+    audience: Words | None = None
     leeway_seconds: float = Field(5.0, ge=0, allow_inf_nan=False)
     role_claim: str = "role"
     max_token_bytes: Bytes = 8 << 10
-    roles: dict[NonEmpty, RoleConfig] = {}
+    roles: dict[str, RoleConfig] = {}
     anonymous_role: str | None = None
 
     @field_validator("secret")
@@ -209,11 +230,6 @@ class AccessConfig(Section):
     def is_given(self) -> bool:
         """Whether anybody could be let in."""
         return self.key_name is not None or self.anonymous_role is not None
-
-    @property
-    def audiences(self) -> list[str] | None:
-        """The audiences of which a token has to be for one; None for any."""
-        return [self.audience] if isinstance(self.audience, str) else self.audience
 
     def signing_secret(self) -> bytes | None:
         """Return the secret that tokens are signed with, if it is one.

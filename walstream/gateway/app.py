@@ -11,7 +11,7 @@ framed, or named to others by its address, which may hold a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Final
 
@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount
+from starlette.routing import BaseRoute, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from walstream.config.live import HttpConfig
@@ -53,20 +53,15 @@ def make_app(
         routes: Starlette's, of which the daemon gives those of changes and of the dashboard.
         http: whose hosts and origins count. Without it they are left to the application around.
     """
-    guarded = Starlette(
-        routes=routes,
-        middleware=[Middleware(_Guard, http=http), Middleware(CompressAnswers)],
-        exception_handlers={HTTPException: _tell, Exception: _fail},
-    )
-    open_to_all = [*health_routes(vitals), metrics_route(vitals)]
     app = Starlette(
-        routes=[*open_to_all, Mount("", guarded)],
+        routes=[*health_routes(vitals), metrics_route(vitals)],
         middleware=[Middleware(_Defaults)],
         exception_handlers={HTTPException: _tell, Exception: _fail},
     )
-    for one in (app, guarded):
-        # It would send the client to an address with the token in it.
-        one.router.redirect_slashes = False
+    # Redirects would send the client to an address with the token in it.
+    app.router.redirect_slashes = False
+    further: ASGIApp = CompressAnswers(Router(routes, redirect_slashes=False))
+    app.router.default = further if http is None else _Guard(further, http)
     return app
 
 
@@ -88,13 +83,17 @@ async def _fail(_request: Request, _error: Exception) -> Response:
     return JSONResponse(body, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
+# What follows hands on what its application returns, without awaiting it: thousands of streams live
+# within these calls, and each frame less is less for the garbage collector to look at.
+
+
 class _Defaults:
     """Adds the headers that every answer has."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         async def send_with_defaults(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -102,28 +101,26 @@ class _Defaults:
                     headers.setdefault(name, value)
             await send(message)
 
-        await self._app(scope, receive, send_with_defaults)
+        return self._app(scope, receive, send_with_defaults)
 
 
 class _Guard:
     """Refuses requests for other hosts, and says which origins may read the answer."""
 
-    def __init__(self, app: ASGIApp, http: HttpConfig | None) -> None:
+    def __init__(self, app: ASGIApp, http: HttpConfig) -> None:
         self._app = app
-        self._hosts = None if http is None else Hosts(http.listen, http.hosts)
-        self._cors = None if http is None else Cors(http.cors_origins)
+        self._hosts = Hosts(http.listen, http.hosts)
+        self._cors = Cors(http.cors_origins)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._hosts is None or self._cors is None:
-            await self._app(scope, receive, send)
-            return
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["type"] != "http":
+            return self._app(scope, receive, send)
         headers = Headers(raw=scope["headers"])
         answer = _refuse_host(self._hosts, headers.getlist("host"))
         if answer is None and scope["method"] == "OPTIONS":
             answer = self._cors.preflight(headers)
         if answer is not None:
-            await answer(scope, receive, send)
-            return
+            return answer(scope, receive, send)
         allowed = self._cors.headers(headers.get("origin"))
 
         async def send_with_origin(message: Message) -> None:
@@ -136,7 +133,7 @@ class _Guard:
                         of_answer[name] = value
             await send(message)
 
-        await self._app(scope, receive, send_with_origin)
+        return self._app(scope, receive, send_with_origin)
 
 
 def _refuse_host(hosts: Hosts, asked: Sequence[str]) -> Response | None:

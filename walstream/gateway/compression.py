@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -70,14 +70,12 @@ class CompressAnswers:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer with what the application answers."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        await self._app(
-            scope, receive, _Compressing(send, is_wanted=accepts_gzip(scope["headers"]))
-        )
+            return self._app(scope, receive, send)
+        compressing = _Compressing(send, is_wanted=accepts_gzip(scope["headers"]))
+        return self._app(scope, receive, compressing)
 
 
 class _Compressing:

@@ -27,7 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from walstream.errors import Unavailable
-from walstream.vitals import CALL_SECONDS_BOUNDS, CallTimes, Phase, SlotVitals, Vitals
+from walstream.vitals import CALL_SECONDS_BOUNDS, CallTimes, LiveVitals, Phase, SlotVitals, Vitals
 
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -96,6 +96,7 @@ class VitalsCollector(Collector):
         yield from _destinations(vitals)
         yield from _in_flight(vitals)
         yield from _connections(vitals)
+        yield from _live(vitals.live or LiveVitals(), vitals)
 
 
 def _state(vitals: Vitals) -> Iterator[Metric]:
@@ -331,6 +332,38 @@ def _connections(vitals: Vitals) -> Iterator[Metric]:
         "Times that the configuration was read again",
         ["outcome"],
         [(("applied",), vitals.reloads), (("refused",), vitals.reloads_refused)],
+    )
+
+
+def _live(live: LiveVitals, vitals: Vitals) -> Iterator[Metric]:
+    yield _gauge(vitals, "walstream_live_clients", "Clients that read changes", live.clients)
+    yield _gauge(
+        vitals, "walstream_live_cohorts", "Clients that see different things", live.cohorts
+    )
+    yield _counter(
+        vitals,
+        "walstream_live_published_changes",
+        "Changes that were published to clients",
+        live.published_changes,
+    )
+    yield _counter(
+        vitals,
+        "walstream_live_sent_changes",
+        "Changes that were sent, to each client that sees them",
+        live.sent_changes,
+    )
+    yield _counters(
+        vitals,
+        "walstream_live_ended",
+        "Streams of clients that have ended, by why",
+        ["reason"],
+        [((reason,), count) for reason, count in live.ended.items()],
+    )
+    yield _gauge(
+        vitals,
+        "walstream_heartbeat_round_trip_seconds",
+        "How long the last heartbeat was under way through the server's WAL",
+        vitals.heartbeat_seconds,
     )
 
 

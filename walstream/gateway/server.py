@@ -284,7 +284,7 @@ class _Connection(HttpToolsProtocol):
                 self._head_bytes += len(piece)
                 if self._head_bytes > HEADER_BYTES:
                     self._refuse_head()
-            if self._is_deaf or self.transport.is_closing():
+            if self._takes_no_more():
                 return
 
     def pause_writing(self) -> None:
@@ -451,6 +451,9 @@ class _Connection(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _takes_no_more(self) -> bool:
+        return self._is_deaf or self.transport.is_closing()
+
     def _is_answering(self) -> bool:
         # Before the first request there is no cycle, whatever its annotation says.
         return bool(self.cycle) and not self.cycle.response_complete
@@ -470,7 +473,8 @@ class _Connection(HttpToolsProtocol):
         self._deadline = None
         if self._is_streaming():
             return
-        if self._is_busy() or not self._has_head:
+        # Also who sends what is no request, so that it is never idle for long.
+        if self._is_busy() or self.timeout_keep_alive_task is None:
             log.debug("http_refused", reason="the request took too long")
             self.transport.abort()
 

@@ -19,10 +19,15 @@ from starlette.routing import Route
 
 from walstream.access import Reader
 from walstream.gateway.answers import NO_STORE, Admits, forbidden, reader_of, refusing
-from walstream.live.clients import End
 from walstream.live.hub import Hub
 from walstream.lsn import Lsn
-from walstream.vitals import CALL_SECONDS_BOUNDS, CallTimes, DestinationVitals, Vitals
+from walstream.vitals import (
+    CALL_SECONDS_BOUNDS,
+    CallTimes,
+    DestinationVitals,
+    JournalVitals,
+    Vitals,
+)
 
 _COUNTERS: Final = (
     *("transactions", "messages", "sessions", "reconnects"),
@@ -45,7 +50,7 @@ def status_route(
         reader = await reader_of(request, gate)
         if not reader.can_see_status:
             raise forbidden(reader, "see the figures", "status")
-        told = {**described(vitals()), "live": _live(hub()), "reader": _who(reader)}
+        told = {**described(vitals()), "reach": _reach(hub()), "reader": _who(reader)}
         body = _ENCODER.encode(told)
         return Response(body, media_type="application/json", headers=NO_STORE)
 
@@ -75,6 +80,9 @@ def described(vitals: Vitals) -> dict[str, Any]:
         "counters": {"changes": vitals.changes_received, **_named(vitals, *_COUNTERS)},
         "dead_letters": vitals.dead_letters,
         "slot": vitals.slot,
+        "heartbeat_seconds": vitals.heartbeat_seconds,
+        "live": vitals.live,
+        "journal": None if vitals.journal is None else _journal(vitals.journal),
         "tables": [
             {
                 "schema": one.relation.schema,
@@ -93,6 +101,10 @@ def described(vitals: Vitals) -> dict[str, Any]:
 
 def _named(vitals: Vitals, *names: str) -> dict[str, Any]:
     return {name: getattr(vitals, name) for name in names}
+
+
+def _journal(journal: JournalVitals) -> dict[str, Any]:
+    return msgspec.structs.asdict(journal) | {"begins": str(journal.begins)}
 
 
 def _destination(one: DestinationVitals) -> dict[str, Any]:
@@ -114,18 +126,11 @@ def _p99(calls: CallTimes) -> float | None:
     return None
 
 
-def _live(hub: Hub | None) -> Mapping[str, Any] | None:
+def _reach(hub: Hub | None) -> Mapping[str, Any] | None:
+    """Say from where to where clients can read."""
     if hub is None:
         return None
-    return {
-        "clients": hub.client_count,
-        "published": hub.published_changes,
-        "sent": hub.sent_changes,
-        "slow": hub.ended[End.SLOW],
-        "expired": hub.ended[End.EXPIRED],
-        "position": str(hub.position),
-        "begins": str(hub.history.begins),
-    }
+    return {"position": str(hub.position), "begins": str(hub.history.begins)}
 
 
 def _who(reader: Reader) -> Mapping[str, Any]:

@@ -177,15 +177,15 @@ class Stream(ABC):
     def _take(self) -> bytes:
         """Return pieces that wait, whole ones, and not many more than `HIGH_BYTES`."""
         if self._waiting <= HIGH_BYTES:
-            data = b"".join(self._pieces)
+            taken, size = list(self._pieces), self._waiting
             self._pieces.clear()
         else:
             taken, size = [], 0
             while self._pieces and size < HIGH_BYTES:
                 taken.append(self._pieces.popleft())
                 size += len(taken[-1])
-            data = b"".join(taken)
-        self._waiting -= len(data)
+        self._waiting -= size
+        data = b"".join(taken)
         return data if self._compressor is None else self._compressor.piece(data)
 
     async def _next_move(self) -> None:

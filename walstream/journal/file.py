@@ -30,6 +30,7 @@ import structlog
 
 from walstream.errors import SetupError, SinkFailed
 from walstream.files import lock_holders, sync_directory
+from walstream.journal.attachments import ATTACHED_TABLE
 from walstream.journal.blocks import Block
 from walstream.lsn import ZERO, Lsn
 from walstream.positions import BEGINNING, Position
@@ -181,15 +182,17 @@ def connect_beside(path: Path, *, write: bool = False) -> sqlite3.Connection:
             )
         connection = _connect(path, "rw" if write else "ro")
         try:
-            if not _verify_owner(connection, path):
-                raise SetupError(
-                    f"the journal {path} is empty", hint="walstream run makes its tables"
-                )
-            load_state(connection)
+            _verify_made(connection, path)
         except BaseException:
             connection.close()
             raise
     return connection
+
+
+def _verify_made(connection: sqlite3.Connection, path: Path) -> None:
+    if not _verify_owner(connection, path):
+        raise SetupError(f"the journal {path} is empty", hint="walstream run makes its tables")
+    load_state(connection)
 
 
 def sizes(path: Path) -> Sizes:
@@ -223,7 +226,7 @@ def _make_file(path: Path) -> None:
             )
         _tell_readable(path)
         return
-    for rest in ("-wal", "-shm"):  # of a file that was moved away: they do not belong to the new one
+    for rest in ("-wal", "-shm"):  # of a file that was moved away; not of the new one
         path.with_name(path.name + rest).unlink(missing_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
     sync_directory(path.parent)
@@ -319,15 +322,11 @@ def load_state(connection: sqlite3.Connection) -> State:
     rows = connection.execute(_LOAD_STATE).fetchall()
     if len(rows) != 1:
         raise ValueError("the journal's state is missing")
-    (
-        history,
-        generation,
-        begins,
-        position,
-        covered,
-        *numbers,
-    ) = rows[0]
-    return State(history, generation, _position(begins), _position(position), _lsn(covered), *numbers)
+    [(history, generation, begins, position, covered, *numbers)] = rows
+    covered_lsn = Lsn(int(covered, 16))
+    return State(
+        history, generation, position_of(begins), position_of(position), covered_lsn, *numbers
+    )
 
 
 def save_state(connection: sqlite3.Connection, state: State) -> None:
@@ -360,7 +359,7 @@ def forget(connection: sqlite3.Connection, state: State, number: int) -> State:
     connection.execute("DELETE FROM blocks WHERE id <= ?", [number])
     return msgspec.structs.replace(
         state,
-        begins=_position(last),
+        begins=position_of(last),
         since_time=max(state.since_time, newest_time),
         changes=state.changes - changes,
     )
@@ -394,9 +393,7 @@ def used_pages(connection: sqlite3.Connection) -> int:
 
 
 def release(connection: sqlite3.Connection, pages: int) -> None:
-    """Give so many free pages back to the file system, those at the file's end once the others
-    have been moved there.
-    """  # noqa: D205 - one sentence
+    """Give so many free pages back to the file system; others move into their places."""
     connection.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
 
 
@@ -411,13 +408,10 @@ def position_text(position: Position) -> str:
     return f"{position.end_lsn:016X}/{position.ordinal:08X}"
 
 
-def _position(text: str) -> Position:
+def position_of(text: str) -> Position:
+    """Read what `position_text` wrote."""
     lsn, _, ordinal = text.partition("/")
     return Position(Lsn(int(lsn, 16)), int(ordinal, 16))
-
-
-def _lsn(text: str) -> Lsn:
-    return Lsn(int(text, 16))
 
 
 def _row(state: State) -> list[Any]:
@@ -539,7 +533,7 @@ _STATE_COLUMNS: Final = (
     "history, generation, begins, position, covered, since_time, latest_time, next_block, changes"
 )
 _LOAD_STATE: Final = f"SELECT {_STATE_COLUMNS} FROM state"  # noqa: S608 - no values
-_SAVE_STATE: Final = f"UPDATE state SET ({_STATE_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_SAVE_STATE: Final = f"UPDATE state SET ({_STATE_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 _FIRST_STATE: Final = f"INSERT INTO state ({_STATE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 
 _UP_TO: Final = """
@@ -592,6 +586,7 @@ _SCHEMA: Final = (
         last_block INTEGER
     )
     """,
+    ATTACHED_TABLE,
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )

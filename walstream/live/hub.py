@@ -33,6 +33,7 @@ from walstream.offline import read_offline
 from walstream.positions import BEGINNING, Position
 from walstream.router import Route
 from walstream.values import UnknownLabel
+from walstream.vitals import LiveVitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.live")
 
@@ -80,6 +81,16 @@ class Hub:
     def client_count(self) -> int:
         """How many are joined."""
         return sum(len(cohort.clients) for cohort in self._cohorts.values())
+
+    def vitals(self) -> LiveVitals:
+        """Say how many there are, and what they got."""
+        return LiveVitals(
+            clients=self.client_count,
+            cohorts=len(self._cohorts),
+            published_changes=self.published_changes,
+            sent_changes=self.sent_changes,
+            ended={str(end): count for end, count in self.ended.items()},
+        )
 
     def cohort(
         self, subscriptions: Sequence[Subscription], reader: Reader, encoding: Encoding

@@ -706,7 +706,7 @@ const figures = {
     showStream(status);
     showSlot(status);
     showJournal(status.journal);
-    showClients(status.live);
+    showClients(status.live, status.reach);
     showRoutes(status, this.before, per);
     showDestinations(status);
     showTables(status);
@@ -777,7 +777,7 @@ function fact(name, value, more = {}) {
   return { name, value, ...more };
 }
 
-function showStream({ phase, phase_seconds, reason, stalled_seconds, stalled_because, positions, lag, in_flight, counters }) {
+function showStream({ heartbeat_seconds, phase, phase_seconds, reason, stalled_seconds, stalled_because, positions, lag, in_flight, counters }) {
   const reconnects = Object.entries(counters.reconnects);
   showFacts("stream", [
     fact("Phase", `${phase.replace("_", " ")} for ${seconds(Math.floor(phase_seconds))}`),
@@ -787,6 +787,7 @@ function showStream({ phase, phase_seconds, reason, stalled_seconds, stalled_bec
     fact("Received", positions.received_lsn),
     fact("All taken up to", positions.flush_lsn),
     fact("End of WAL", positions.server_lsn),
+    heartbeat_seconds !== null && fact("Heartbeat through the WAL", seconds(heartbeat_seconds)),
     fact("In flight", `${many(in_flight.changes, "change")}, ${bytes(in_flight.bytes)}`),
     fact("Transactions", count(counters.transactions)),
     fact("Changes", count(counters.changes)),
@@ -828,18 +829,18 @@ function showJournal(journal) {
   ]);
 }
 
-const CLIENT_WORDS = {
-  clients: "Connected", published: "Changes published", sent: "Changes sent to them",
-  slow: "Cut off as slow", expired: "Ended by an expired token",
-};
+const END_WORDS = { slow: "Cut off as slow", expired: "Ended by an expired token", closing: "Sent away at the end", left: "Have left" };
 
-function showClients(live) {
+function showClients(live, reach) {
   if (!live) { showFacts("clients", [{ say: "No route leads to a live sink: there is nothing for clients." }]); return; }
-  const told = Object.entries(live).filter(([, value]) => typeof value === "number");
   showFacts("clients", [
-    ...told.map(([name, value]) => fact(CLIENT_WORDS[name] ?? name.replaceAll("_", " "), name.endsWith("bytes") ? bytes(value) : count(value))),
-    live.position && fact("Position", live.position),
-    live.begins && fact("Replay reaches back to", live.begins),
+    fact("Connected", count(live.clients)),
+    live.clients > 0 && fact("See different things", count(live.cohorts)),
+    fact("Changes published", count(live.published_changes)),
+    fact("Changes sent", count(live.sent_changes)),
+    ...Object.entries(live.ended).map(([why, number]) => fact(END_WORDS[why] ?? why, count(number), { tone: why === "slow" ? "warn" : undefined })),
+    reach && fact("Position", reach.position),
+    reach && fact("Replay reaches back to", reach.begins),
   ]);
 }
 
