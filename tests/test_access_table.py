@@ -40,8 +40,10 @@ CREATE TABLE events_low PARTITION OF events FOR VALUES FROM (0) TO (1000);
 CREATE TABLE events_high PARTITION OF events FOR VALUES FROM (1000) TO (2000);
 ALTER TABLE events_low REPLICA IDENTITY FULL;
 ALTER TABLE events_high REPLICA IDENTITY FULL;
-CREATE TABLE wide (id int PRIMARY KEY, body text, owner text STORAGE EXTERNAL);
-CREATE TABLE wide_full (id int PRIMARY KEY, body text, owner text STORAGE EXTERNAL);
+CREATE TABLE wide (id int PRIMARY KEY, body text, owner text);
+ALTER TABLE wide ALTER owner SET STORAGE EXTERNAL;
+CREATE TABLE wide_full (id int PRIMARY KEY, body text, owner text);
+ALTER TABLE wide_full ALTER owner SET STORAGE EXTERNAL;
 ALTER TABLE wide_full REPLICA IDENTITY FULL;
 CREATE TABLE listed (id int PRIMARY KEY, body text);
 ALTER TABLE listed REPLICA IDENTITY FULL;
@@ -123,7 +125,7 @@ table = "public.marks"
 
 [access.roles.nothing]
 
-[logging]
+[log]
 level = "debug"
 """
 

@@ -220,13 +220,21 @@ def keys() -> dict[str, Any]:
     return found
 
 
+_KEYED: Final = {
+    "routes": "[]",
+    "sinks": ".<name>",
+    "access.roles": ".<name>",
+    "access.roles.<name>.tables": "[]",
+}
+
+
 def _models(path: str, annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
     if _is_model(annotation):
         yield path, annotation
         for name, field in annotation.model_fields.items():
             yield from _models(f"{path}.{name}", field.annotation)
         return
-    inner = f"{path}[]" if path == "routes" else f"{path}.<name>" if path == "sinks" else path
+    inner = path + _KEYED.get(path, "")
     for argument in get_args(annotation):
         yield from _models(inner, argument)
 
@@ -269,7 +277,7 @@ def test_environment_variables_are_as_documented() -> None:
     assert variables == {
         key: f"WALSTREAM_{key.replace('.', '_').upper()}"
         for key in keys()
-        if not key.startswith(("routes", "sinks"))
+        if not key.startswith(("routes", "sinks", "access.roles."))
     }
 
 

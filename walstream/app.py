@@ -67,6 +67,7 @@ class Walstream:
         key: str | Sequence[str] | None = None,
         visible: bool = False,
         transactional: str | None = None,
+        since: str | None = None,
         attempts: int | None = None,
         deadline_seconds: float | None = None,
         on_failure: Literal["stop", "dead_letter", "skip"] | None = None,
@@ -101,6 +102,9 @@ class Walstream:
             transactional: the connection string of a database. The function gets a connection as
                 second argument, in a transaction that also records how far it is: what comes again
                 is recognised, and does not reach the function.
+            since: at the first start of a handler of this name deliver what is in the journal from
+                then on, before anything else: so long ago (``2h``), a time, an LSN, the id of a
+                change, or ``beginning`` for all that is there. Masked as routed to the live sink.
             attempts: how often it is called before ``on_failure``; the configuration's without.
             deadline_seconds: no attempt begins later than that after the first one.
             on_failure: ``stop`` the stream, keep the change as a ``dead_letter``, or ``skip`` it.
@@ -137,6 +141,7 @@ class Walstream:
             key=_names(key),
             visible=visible,
             transactional=transactional,
+            since=since,
         )
         options = calls.options(None if model is None else RowModel(model))
 

@@ -27,6 +27,7 @@ from walstream.dead_letters import DeadLetterStore, make_store
 from walstream.delivery import Delivery, Limits
 from walstream.destinations import Destination, Handler, Sink
 from walstream.errors import ConfigError, UsageError
+from walstream.journal import Journal
 from walstream.live.history import History, Recent
 from walstream.live.hub import Hub
 from walstream.live.sink import LiveSink, history_of
@@ -259,7 +260,14 @@ def _sink(name: str, config: SinkConfig, settings: Config, catalog: Catalog) -> 
 
 
 def _history(settings: Config) -> History:
-    live = settings.live
+    live, journal = settings.live, settings.journal
+    if journal.path is not None:
+        return Journal(
+            journal.path,
+            max_bytes=journal.max_bytes,
+            max_age_seconds=journal.max_age_seconds,
+            durable=journal.durable,
+        )
     return Recent(live.recent_changes, live.recent_bytes)
 
 

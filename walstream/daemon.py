@@ -35,6 +35,7 @@ from walstream.errors import (
     RetainedWalExceeded,
     RoutesChanged,
     ServerFailed,
+    SinkFailed,
     Unavailable,
     UsageError,
     WalstreamError,
@@ -156,6 +157,7 @@ class Daemon:
         self._sinks_are_open = False
         self._systemid = ""
         self._live_history = ""
+        self._is_covered = True
         self._server_lsn = ZERO
 
     # What others ask and tell
@@ -340,6 +342,7 @@ class Daemon:
             destinations=delivery.destinations(),
             heartbeat_seconds=None if beating is None else beating.last_round_trip_seconds,
             live=None if live is None else live.hub.vitals(),
+            journal=None if live is None else live.hub.history.vitals(),
         )
 
     def _routes(self) -> tuple[RouteSummary, ...]:
@@ -621,7 +624,10 @@ class Daemon:
         if live is not None:
             live.hub.routes = self._assembly.live_routes()
             self._live_history = self._assembly.live_history(self._systemid)
-            await live.begin(started.confirmed, self._live_history)
+            try:
+                await live.begin(started.confirmed, self._live_history)
+            except SinkFailed as failure:  # a full disk, say: tried again with the connection
+                raise Unavailable(failure.message, hint=failure.hint) from failure
 
     async def _renew_live(self) -> None:
         """Go on for clients after a reload; under other routes their history begins anew.
@@ -635,13 +641,37 @@ class Daemon:
         history = self._assembly.live_history(self._systemid)
         if history != self._live_history or not live.hub.has_begun:
             self._live_history = history
-            await live.begin(self.flush_lsn, history)
+            try:
+                await live.begin(self.flush_lsn, history)
+            except SinkFailed as failure:  # the next session tries it again
+                self._session.stop(because=Unavailable(failure.message, hint=failure.hint))
 
     async def _record(self, flush_lsn: Lsn) -> None:
         """Note, before it is confirmed, that all up to a position is taken."""
-        if self._assembly.live is not None:
-            await self._assembly.live.cover(flush_lsn)
+        while not await self._cover(flush_lsn):  # noqa: ASYNC110 - room on a disk
+            await asyncio.sleep(COVER_PAUSE_SECONDS)  # nothing is confirmed meanwhile
         await self._source.record(flush_lsn)
+
+    async def _cover(self, flush_lsn: Lsn) -> bool:
+        """Note in the journal what is taken; return whether that can be written."""
+        if self._assembly.live is None:
+            return True
+        try:
+            await self._assembly.live.cover(flush_lsn)
+        except SinkFailed as failure:
+            self._tell_not_covered(failure)
+            return False
+        self._is_covered = True
+        return True
+
+    def _tell_not_covered(self, failure: SinkFailed) -> None:
+        if self._is_covered:
+            self._is_covered = False
+            log.error(
+                "journal_not_written",
+                error=failure.message,
+                hint=failure.hint or "nothing is confirmed to the server until it can be",
+            )
 
     def _new_session(self, started: Started) -> Session:
         stream = self._config.stream
@@ -790,6 +820,9 @@ class _Reload(NamedTuple):
     assembly: Assembly
     adopted: asyncio.Future[None]
 
+
+COVER_PAUSE_SECONDS: Final = 1.0
+"""How long a journal that cannot be written is left alone."""
 
 COUNT_SECONDS: Final = 10.0
 """How often the dead letters are counted."""

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 import msgspec
 
 from walstream.changes import Change, Message
+from walstream.moments import Moment
 from walstream.typed import RowModel
 
 Item: TypeAlias = Change[Any] | Message
@@ -30,7 +31,8 @@ class HandlerOptions(msgspec.Struct, frozen=True):
     ``max_transaction_changes``. With a ``concurrency`` above 1 changes come in parallel, in order
     per ``key`` (names of columns; None for the primary key). ``visible`` holds a change until other
     sessions see its transaction. ``transactional`` is the connection string of the database that
-    records how far the handler is.
+    records how far the handler is. ``since`` says from when on it wants what is in the journal,
+    before its first change of the stream.
     """
 
     batch: int = 0
@@ -42,6 +44,7 @@ class HandlerOptions(msgspec.Struct, frozen=True):
     visible: bool = False
     transactional: str | None = None
     model: RowModel[Any] | None = None
+    since: Moment | None = None
 
     def __repr__(self) -> str:
         """Print without the connection string."""

@@ -17,6 +17,7 @@
     │   ├── SlotUnfit               the slot belongs to another database or output plugin
     │   ├── SlotLost                the slot exists and can never stream again: changes are lost
     │   ├── HistoryForked           the server's history parts from what was confirmed
+    │   ├── HistoryMissing          the journal does not go back to what is to be delivered again
     │   ├── ChangeUnsendable        the server fails at the same position each time
     │   ├── RetainedWalExceeded     the slot retains more WAL than the configuration allows
     │   ├── ProgressUnfit           what a transactional route has recorded is of another source
@@ -149,6 +150,10 @@ class SlotLost(SetupError):
 
 class HistoryForked(SetupError):
     """The server does not know what was confirmed: it was restored, or promoted too early."""
+
+
+class HistoryMissing(SetupError):
+    """The journal does not go back to where a handler or a replay is to begin."""
 
 
 class ChangeUnsendable(SetupError):

@@ -24,8 +24,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tests import vitals
-from walstream.access import Reader
-from walstream.access import AccessRefused
+from walstream.access import AccessRefused, Reader
 from walstream.changes import Operation, Relation
 from walstream.dead_letters import DeadLetter, LetterQuery, StoredLetter
 from walstream.gateway.answers import refusing

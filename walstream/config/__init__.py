@@ -45,6 +45,7 @@ from walstream.config.live import HttpConfig, JournalConfig, LiveConfig, LiveSin
 from walstream.config.section import MASKING_KEY, Bytes, Seconds, Section, in_bytes, read_secret
 from walstream.destinations import MAX_TRANSACTION_CHANGES, HandlerOptions
 from walstream.errors import ConfigError, FilterError
+from walstream.moments import parse_moment
 from walstream.policy import FailurePolicy, OnFailure
 from walstream.router import (
     ALL_OPERATIONS,
@@ -319,6 +320,14 @@ class CallSpec(_Declared):
     key: ColumnNames | None = None
     visible: bool = False
     transactional: SecretStr | None = None
+    since: str | None = None
+
+    @field_validator("since")
+    @classmethod
+    def _is_moment(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_moment(value)
+        return value
 
     @field_validator("transactional")
     @classmethod
@@ -357,6 +366,7 @@ class CallSpec(_Declared):
             visible=self.visible,
             transactional=None if secret is None else secret.get_secret_value(),
             model=model,
+            since=None if self.since is None else parse_moment(self.since),
         )
 
 

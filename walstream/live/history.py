@@ -9,15 +9,13 @@ from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
 from walstream.changes import Change
+from walstream.journal import JournalTrimmed
 from walstream.lsn import ZERO, Lsn
 from walstream.positions import BEGINNING, Position
+from walstream.vitals import JournalVitals
 
 PIECE: Final = 500
 """Changes that are read at once."""
-
-
-class Trimmed(Exception):
-    """What is asked for is not kept any more."""
 
 
 class History(Protocol):
@@ -39,6 +37,9 @@ class History(Protocol):
     def covered(self) -> Lsn:
         """Up to where it is known to be complete."""
 
+    def vitals(self) -> JournalVitals | None:
+        """Say how it is; None when it is in memory."""
+
     async def open(self, history: str) -> None:
         """Begin, or go on; what was kept under other rules is forgotten."""
 
@@ -58,7 +59,7 @@ class History(Protocol):
         """Read what stands behind the one position, up to the other, in pieces.
 
         Raises:
-            Trimmed: ``after`` is before ``begins``.
+            JournalTrimmed: ``after`` is before ``begins``.
         """
 
     async def position_before(self, time: datetime) -> Position | None:
@@ -86,6 +87,9 @@ class Recent:
         self.begins = BEGINNING
         self.position = BEGINNING
         self.covered = ZERO
+
+    def vitals(self) -> None:
+        """Say nothing: there is no file."""
 
     async def open(self, history: str) -> None:
         """Begin, or go on; what was kept under other rules is forgotten."""
@@ -125,11 +129,11 @@ class Recent:
         """Read what stands behind the one position, up to the other, in pieces.
 
         Raises:
-            Trimmed: ``after`` is before ``begins``.
+            JournalTrimmed: ``after`` is before ``begins``.
         """
         while True:
             if after < self.begins:
-                raise Trimmed
+                raise JournalTrimmed(self.begins)
             wanted = (kept for kept in self._kept if after < kept.position <= upto)
             piece = list(islice(wanted, PIECE))
             if not piece:

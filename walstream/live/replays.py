@@ -50,7 +50,7 @@ class Replay:
         """Read up to a position.
 
         Raises:
-            Trimmed: what is missed is not kept any more.
+            JournalTrimmed: what is missed is not kept any more.
         """
         hub, cohort = self._hub, self._client.cohort
         async for changes in hub.history.read(self.position, upto):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from walstream.errors import Unavailable
+import structlog
+
+from walstream.errors import SinkFailed, Unavailable
+from walstream.journal import JournalTrimmed
 from walstream.live.clients import Client, End
-from walstream.live.history import Trimmed
 from walstream.live.hub import Hub
 from walstream.live.replays import Replay, resolve
 from walstream.live.subscriptions import RequestRefused
 from walstream.positions import Position
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.live")
 
 CATCH_UP_SECONDS = 0.2
 """How often it is looked whether the stream has come to where a client was before a restart."""
@@ -22,11 +26,11 @@ async def begin_at(hub: Hub, since: str | None) -> Position | None:
     """
     if since is None:
         return hub.position
-    position = await resolve(since, hub)
     try:
+        position = await resolve(since, hub)
         is_foreign = position is not None and await hub.is_foreign(position)
-    except Unavailable:
-        raise RequestRefused(503, "the database cannot be asked at this moment") from None
+    except (Unavailable, SinkFailed):
+        raise RequestRefused(503, "what was missed cannot be told at this moment") from None
     return None if is_foreign else position
 
 
@@ -62,9 +66,12 @@ async def _replay(hub: Hub, client: Client, begin: Position) -> None:
                 await client.outflow.room()
                 if client.has_ended():
                     return
-        except Trimmed:  # it was slower than the history is long
+        except JournalTrimmed:  # it was slower than the history is long
             client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))
             begin = hub.position
+        except SinkFailed as failure:  # it comes back, and asks again
+            log.error("history_not_read", error=failure.message, hint=failure.hint)  # noqa: TRY400
+            client.finish(End.CLOSING)
         else:
             return
 
@@ -89,5 +96,5 @@ async def page(hub: Hub, client: Client, begin: Position) -> None:
             await client.outflow.room()
             if client.has_ended():
                 return
-    except Trimmed:
+    except JournalTrimmed:
         client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))
