@@ -70,6 +70,6 @@ def _contains(live: Route, route: Route) -> bool:
 
 
 def _overlap(one: TablePattern, other: TablePattern) -> bool:
-    return (
-        None in (one.schema, other.schema) or one.schema == other.schema
-    ) and (None in (one.name, other.name) or one.name == other.name)
+    return (None in (one.schema, other.schema) or one.schema == other.schema) and (
+        None in (one.name, other.name) or one.name == other.name
+    )

@@ -24,6 +24,7 @@ from walstream.acknowledger import Acknowledger
 from walstream.assembly import Assembly, Attached, needs_everything
 from walstream.backoff import Backoff
 from walstream.binding import Binding
+from walstream.catch_up import CatchUp, verify_attached, with_history
 from walstream.changes import Relation
 from walstream.config import Config, RouteSpec
 from walstream.decoder import Decoder
@@ -35,6 +36,7 @@ from walstream.errors import (
     RetainedWalExceeded,
     RoutesChanged,
     ServerFailed,
+    ServerShutdown,
     SinkFailed,
     Unavailable,
     UsageError,
@@ -45,13 +47,16 @@ from walstream.gateway.desk import Desk
 from walstream.gateway.parts import Parts
 from walstream.health import Lag, stalled, stuck_seconds
 from walstream.heartbeat import Heartbeat
+from walstream.journal import Journal
 from walstream.live.hub import Hub
 from walstream.loop_watch import watch_loop
 from walstream.lsn import ZERO, Lsn
 from walstream.outlets import Held
 from walstream.parking import Parking
+from walstream.positions import Position
 from walstream.postgres import python_encoding
 from walstream.preflight import verify_routes
+from walstream.protocol import status_update
 from walstream.pushdown import PushedDown
 from walstream.recording import Recorder, RecordingBinding
 from walstream.recovery import SERVER_FAILURES, Action, Decision, Pauses, decide
@@ -66,6 +71,7 @@ from walstream.stream import (
     LostChanges,
     Session,
     first_failure,
+    refuse_stuck,
 )
 from walstream.summary import DestinationSummary, RouteSummary, Summary
 from walstream.vitals import LostCount, Phase, Vitals
@@ -119,6 +125,9 @@ class Daemon:
         self._reconnect = reconnect
         self._recorder = recorder
         self._assembly = Assembly(config, handlers, sinks=sinks)
+        _verify_attached(config, self._assembly)
+        self._accept_gap = accept_gap
+        self._catching_up: CatchUp | None = None
         self._catalog = self._assembly.catalog
         self._parking = self._assembly.parking()
         self._delivery = self._assembly.delivery(self._parking)
@@ -181,6 +190,9 @@ class Daemon:
         if self._session is not None:
             self._enter(Phase.STOPPING)
             self._session.stop()
+        elif self._catching_up is not None:
+            self._enter(Phase.STOPPING)
+            self._catching_up.stop()
         else:
             self._source.abandon()  # still connecting: there is nothing to finish
             if self._attempt is not None:
@@ -564,6 +576,8 @@ class Daemon:
                 self._until = started.server.flush_lsn
             await self._open_targets(started)
             await self._begin_live(started)
+            if not await self._catch_up_handlers(started):
+                return
             self._acknowledger = Acknowledger(started.confirmed)
             self._delivery.attach(self._acknowledger)
             session = self._new_session(started)
@@ -628,6 +642,53 @@ class Daemon:
                 await live.begin(started.confirmed, self._live_history)
             except SinkFailed as failure:  # a full disk, say: tried again with the connection
                 raise Unavailable(failure.message, hint=failure.hint) from failure
+
+    async def _catch_up_handlers(self, started: Started) -> bool:
+        """Give handlers with history what they have not got; False when stopped before the end."""
+        routes, journal = with_history(self.router.routes), self._journal()
+        if not routes or journal is None:
+            return True
+        slot = self._config.slot.name
+        self._catching_up = CatchUp(
+            journal,
+            f"{self._systemid}/{slot}",
+            routes,
+            self._catalog,
+            self._delivery,
+            router=self.router,
+            drain_seconds=self.drain_seconds,
+            accept_gap=self._accept_gap,
+        )
+        try:
+            return await self._catching_up.run(
+                Position.after(started.confirmed), partial(self._keep_slot, started)
+            )
+        finally:
+            self._catching_up = None
+
+    def _journal(self) -> Journal | None:
+        live = self._assembly.live
+        history = None if live is None else live.hub.history
+        return history if isinstance(history, Journal) else None
+
+    async def _keep_slot(self, started: Started) -> None:
+        """Show the server that we are alive, although nothing is streamed yet.
+
+        Raises:
+            WalstreamError: the connection is lost, the server shuts down, or a handler is stuck.
+        """
+        if self._catching_up is not None:
+            self._enter(self._phase, f"{self._catching_up.handler} gets what was before")
+        started.connection.send(status_update(started.confirmed, now=time.time()))
+        now = time.monotonic()
+        self._delivery.watch(now)
+        refuse_stuck(self._delivery.held, now, self._config.stream.release_after_seconds)
+        try:
+            await self._catalog.probe()
+        except ServerShutdown:
+            raise
+        except WalstreamError as error:
+            log.debug("probe_failed", error=error.message)  # the connection shows how it is
 
     async def _renew_live(self) -> None:
         """Go on for clients after a reload; under other routes their history begins anew.
@@ -734,6 +795,7 @@ class Daemon:
             raise Unavailable(_ENDS)
         verify_reloadable(self._config, config)
         assembly = Assembly(config, self._handlers, sinks=self._extra_sinks, before=self._assembly)
+        _verify_attached(config, assembly)
         await verify_routes(self._catalog, assembly.router.routes)
         pushed_down = await self._pushed_down(assembly.router)
         # From here on nothing refuses it but sinks that cannot be opened.
@@ -834,6 +896,14 @@ _SHARED: Final = (
     "two processes of one service both need shared = true under [slot], or the one that is started"
     " after the other has streamed takes that for a gap"
 )
+
+
+def _verify_attached(config: Config, assembly: Assembly) -> None:
+    verify_attached(
+        assembly.router.routes,
+        assembly.live_routes(),
+        has_journal=config.journal.path is not None,
+    )
 
 
 def _at_position(reason: WalstreamError, failures: int, flush_lsn: Lsn) -> WalstreamError:

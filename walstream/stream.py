@@ -40,6 +40,7 @@ from walstream.errors import (
 )
 from walstream.flow import Handed
 from walstream.lsn import ZERO, Lsn
+from walstream.outlets import Held
 from walstream.protocol import PrimaryKeepalive, XLogData, parse, record_of, status_update
 from walstream.router import Route, TablePattern
 from walstream.vitals import Standstill
@@ -473,7 +474,7 @@ class Session:
                 asked_at = now if asks else asked_at
             self.standstill_seconds(now)
             self._delivery.watch(now)
-            self._refuse_stuck(now)
+            refuse_stuck(self._delivery.held, now, self._release_after_seconds)
             await asyncio.sleep(pause)
 
     async def _record_taken(self, within_seconds: float) -> None:
@@ -495,16 +496,7 @@ class Session:
         await self._record(flush_lsn)
         self._recorded_lsn = flush_lsn
 
-    def _refuse_stuck(self, now: float) -> None:
-        held = self._delivery.held
-        if held is not None and now - held.since > self._release_after_seconds:
-            message = (
-                f"{held.destination} has held change {held.change_id} for"
-                f" {now - held.since:.0f} seconds"
-            )
-            raise HandlerStuck(
-                message, hint="the slot is freed; release_after_seconds is the limit"
-            )
+
 
     async def _watch(self) -> None:
         """Look at what the stream cannot tell: a server that shuts down, tables that change kind.
@@ -586,6 +578,20 @@ class Session:
             log.warning("confirm_failed", error=type(error).__name__)
             return False
         return True
+
+
+def refuse_stuck(held: Held | None, now: float, release_after_seconds: float) -> None:
+    """Give the slot up for another process when a call lasts too long.
+
+    Raises:
+        HandlerStuck: it does.
+    """
+    if held is not None and now - held.since > release_after_seconds:
+        raise HandlerStuck(
+            f"{held.destination} has held change {held.change_id} for"
+            f" {now - held.since:.0f} seconds",
+            hint="the slot is freed; release_after_seconds is the limit",
+        )
 
 
 def first_failure(failures: ExceptionGroup[Exception]) -> Exception:

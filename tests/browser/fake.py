@@ -134,7 +134,6 @@ class FakeServer:
         self.began = time.time()
         self.history: list[dict[str, Any]] = []
         self.asked: list[dict[str, str]] = []
-        self.live = True
         self._news = asyncio.Event()
         self._ending: str | None = None
         desk = Desk(lambda: self.letters, self.letters.make_replay)
@@ -177,8 +176,8 @@ class FakeServer:
         self._wake()
 
     def end(self, reason: str) -> None:
-        """Let all streams end."""
-        self._ending = reason
+        """Let all streams end, also those that come, until the reason is none again."""
+        self._ending = reason or None
         self._wake()
 
     def change(self, operation: str = "insert", **differs: Any) -> dict[str, Any]:

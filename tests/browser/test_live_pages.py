@@ -65,9 +65,7 @@ class Site:
         self._line.wait_for("streaming")
         address = str(self._line.wait_for("http_listening")["address"])
         port = address.rpartition(":")[2]
-        self.proxy = opened.enter_context(
-            Proxy(f"host=127.0.0.1 port={port}", is_postgres=False)
-        )
+        self.proxy = opened.enter_context(Proxy(f"host=127.0.0.1 port={port}", is_postgres=False))
         self.url = f"http://127.0.0.1:{self.proxy.port}"
         text = (EXAMPLE / "index.html").read_text()
         (folder / "index.html").write_text(text.replace("http://127.0.0.1:8432", self.url))

@@ -121,11 +121,15 @@ class _Changes:
         except (UnicodeDecodeError, ValueError):
             raise RequestRefused(400, "the query cannot be read") from None
         allowed = _LINES_PARAMETERS if self._encoding is JSON_LINES else _PARAMETERS
+        seen: set[str] = set()
         for name, value in parameters:
             if name not in allowed:
                 raise RequestRefused(
                     400, f"there is no parameter {name!r}", hint=f"there are {', '.join(allowed)}"
                 )
+            if name not in KEYS and name in seen:
+                raise RequestRefused(400, f"{name} is given twice")
+            seen.add(name)
             if name == "until" and value != "now":
                 raise RequestRefused(400, f"until: found {value!r}; allowed: now")
         return parameters

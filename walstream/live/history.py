@@ -149,7 +149,7 @@ class Recent:
                 break
             before = kept.position
         else:
-            return self.position  # all is older, or there is nothing
+            return before  # all is older, or nothing is known of that time
         return before
 
     def _forget(self) -> None:
@@ -159,5 +159,5 @@ class Recent:
 
 def _size_bytes(change: Change) -> int:
     sent = change.sent_identity
-    identity = sum(len(column.value) for column in sent or ()) if isinstance(sent, list) else 0
+    identity = len(sent or b"") if not isinstance(sent, list) else sum(map(_length, sent))
     return 200 + identity + sum(len(column.value) + 60 for column in change.new_columns or ())

@@ -21,7 +21,7 @@ import structlog
 from walstream.catalog import Catalog, Table
 from walstream.changes import Change, Layout, Relation
 from walstream.errors import FilterError, SinkFailed, Unavailable
-from walstream.filters import Literal
+from walstream.filters import Literal, literals
 from walstream.live.clients import Client, Cohort, End, Reader
 from walstream.live.encodings import Encoding
 from walstream.live.history import History
@@ -198,7 +198,7 @@ class Hub:
             done, is_known = self._publish_slice(changes, done, lenient=unknown)
             if not is_known:
                 unknown = done
-                await self._renew_types()
+                await self.renew_types()
             elif done < len(changes):
                 await asyncio.sleep(0)
 
@@ -341,8 +341,12 @@ class Hub:
             answers[literal] = self._literals[literal] = text
         return answers
 
-    async def _renew_types(self) -> None:
-        """An enum has got a label: compile everything anew."""
+    async def renew_types(self) -> None:
+        """Compile everything anew: an enum has got a label.
+
+        Raises:
+            SinkFailed: the catalog cannot be asked.
+        """
         try:
             await self._catalog.renew_types()
         except Unavailable as error:
@@ -394,7 +398,19 @@ class Hub:
             raise RequestRefused(404, f"no changes of {relation} come here", hint=hint)
         self._check_columns(subscription, sight, layout)
         await self._catalog.learn_types(layout.columns.values())
+        await self._check_condition(sight, layout)
         await self._normalise(literals_of(subscription, sight, layout), layout)
+
+    async def _check_condition(self, sight: Sight, layout: Layout) -> None:
+        """Refuse when the role's own condition does not fit; it may name what is hidden."""
+        if sight.where is None:
+            return
+        try:
+            await self._normalise(literals(sight.where, layout.columns, layout.types), layout)
+        except FilterError:
+            hint = "the role's condition on rows does not fit the table, or the token's claims"
+            message = f"{layout.relation} may not be read"
+            raise RequestRefused(403, message, hint=hint) from None
 
     async def _check_pattern(self, subscription: Subscription, reader: Reader) -> None:
         pattern = subscription.pattern

@@ -98,7 +98,8 @@ async def resolve(since: str, hub: Hub) -> Position | None:
 
 def _instant(text: str) -> datetime:
     try:
-        instant = datetime.fromisoformat(text)
+        # In a query an unescaped + of the zone has become a space.
+        instant = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
     except ValueError:
         hint = "the id of a change (0/16274F8:3), an LSN, or a time (2026-11-22T12:00:00Z)"
         raise RequestRefused(400, "since cannot be read", hint=hint) from None

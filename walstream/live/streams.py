@@ -94,7 +94,9 @@ async def page(hub: Hub, client: Client, begin: Position) -> None:
         async for piece in Replay(hub, client, begin).read(hub.position):
             client.outflow.write(piece)
             await client.outflow.room()
-            if client.has_ended():
+            if client.end is not None:  # or it would be taken for all there is
+                encoding = client.cohort.encoding
+                client.outflow.write(encoding.note("end", {"reason": client.end}, None))
                 return
     except JournalTrimmed:
         client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))

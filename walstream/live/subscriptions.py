@@ -121,6 +121,8 @@ def _subscription(group: dict[str, str], limits: Limits) -> Subscription:
 
 
 def _pattern(text: str) -> TablePattern:
+    if "\0" in text:
+        raise RequestRefused(400, "table: found a NUL, which no name has")
     try:
         return TablePattern.parse(text)
     except ValueError as error:

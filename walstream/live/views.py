@@ -159,7 +159,9 @@ class View:
         projection = self.sight.projection
         if projection is not None:
             change = projection.project(change)
-        return change if self._narrow is None else self._narrow.project(change)
+        if self._narrow is None or look is Look.LEAVING_BY_KEY:  # without its key it says nothing
+            return change
+        return self._narrow.project(change)
 
     def _look_at_update(self, change: Change) -> Look | None:
         row = change.row

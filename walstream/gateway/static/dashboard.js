@@ -53,6 +53,7 @@ function bytes(number) {
 
 function seconds(number) {
   if (number === null || number === undefined) return "–";
+  if (number < 0.00005) return "0 s";
   if (number < 0.0995) return `${(number * 1000).toFixed(number < 0.00995 ? 1 : 0)} ms`;
   if (number < 99.5) return `${number.toFixed(number < 9.95 ? 1 : 0)} s`;
   if (number < 5400) return `${Math.round(number / 60)} min`;
@@ -852,7 +853,7 @@ function showTable(id, rows, empty) {
   body.dataset.shown = text;
   const labels = [...find(id).tHead.rows[0].cells].map((one) => one.textContent);
   if (rows.length === 0) {
-    body.replaceChildren(make("tr", {}, make("th", { scope: "row", colspan: labels.length, class: "quiet" }, empty)));
+    body.replaceChildren(make("tr", {}, make("td", { colspan: labels.length, class: "none" }, empty)));
     return;
   }
   body.replaceChildren(...rows.map((cells) => make("tr", {}, ...cells.map(([content, style, tone], index) =>
