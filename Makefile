@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak check bench bench-fanout format containers lock setup setup-python clean
+.PHONY: help demo test faults soak check bench bench-fanout format containers lock setup setup-python setup-browser clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -13,7 +13,7 @@ demo: setup ## walstream on a throwaway PostgreSQL (ARGS="--seconds 20")
 	@.venv/bin/walstream demo $(ARGS)
 
 # Private clusters are skipped where another server is given and no programs are there.
-test: $(if $(WALSTREAM_TEST_DSN),setup-python,setup) ## the tests (ARGS="-k slot"); WALSTREAM_TEST_DSN names a server to use
+test: $(if $(WALSTREAM_TEST_DSN),setup-python,setup) setup-browser ## the tests (ARGS="-k slot"); WALSTREAM_TEST_DSN names a server to use
 	$(PYTHON) -m pytest $(ARGS)
 
 faults: setup ## 500 faults of network, server, disk and people (WALSTREAM_FAULTS, WALSTREAM_FAULTS_SEED)
@@ -52,6 +52,9 @@ setup: ## install what is missing: Python packages, PostgreSQL, wal2json
 
 setup-python:
 	@scripts/setup --no-server
+
+setup-browser:
+	@scripts/setup --browser
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage

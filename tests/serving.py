@@ -132,7 +132,9 @@ async def clients(script: str, *arguments: object) -> AsyncIterator[Line]:
     The script reads ``sys.argv`` and prints lines; what is yielded waits for the next one.
     """
     command = [sys.executable, "-c", script, *(str(one) for one in arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(  # noqa: ASYNC220 - its lines are read by a thread
+        command, stdout=subprocess.PIPE, text=True
+    ) as process:
         stdout = process.stdout
         assert stdout is not None
         try:

@@ -362,3 +362,30 @@ def post(port: int, headers: dict[str, str]) -> int:
     status = connection.getresponse().status
     connection.close()
     return status
+
+
+# ---- live-dashboard
+
+
+def test_the_live_page_gets_the_messages_of_its_conversation(service_of: ServiceOf) -> None:
+    """What the page asks for; in a browser tests/browser/test_live_pages.py opens it."""
+    service = service_of("live-dashboard")
+    port = free_port()
+    service.environment["WALSTREAM_HTTP_LISTEN"] = f"127.0.0.1:{port}"
+    [origin, *_] = config.load(service.folder / "walstream.toml").http.cors_origins
+    with service.running():
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        query = "table=public.messages_v2&operations=insert&where=conversation_id=eq.%22abc-123%22"
+        connection.request("GET", f"/changes?{query}", headers={"Origin": origin})
+        answer = connection.getresponse()
+        assert answer.getheader("access-control-allow-origin") == origin
+        service.database.execute(
+            """
+            INSERT INTO messages_v2 (conversation_id, sender, content)
+            VALUES ('another', 'Ben', 'not asked for'), ('abc-123', 'Ada', 'Hello')
+            """
+        )
+        lines = iter(answer.readline, b"")
+        [change] = next([line] for line in lines if b'"operation"' in line)
+        assert json.loads(change.removeprefix(b"data: "))["row"]["content"] == "Hello"
+        connection.close()

@@ -14,6 +14,7 @@ from walstream.vitals import (
     CallTimes,
     ChangeCount,
     DestinationVitals,
+    JournalVitals,
     LiveVitals,
     LostCount,
     Outcome,
@@ -74,6 +75,9 @@ def full(**differs: Any) -> Vitals:
             DestinationVitals("archive", 0, 0, 0, 0, 0, 0),
         ),
         heartbeat_seconds=0.02,
+        journal=JournalVitals(
+            bytes=1 << 20, changes=5000, oldest_seconds=86_400.5, appended=6000, failure="disk full"
+        ),
         live=LiveVitals(
             clients=500,
             cohorts=20,

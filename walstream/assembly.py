@@ -25,7 +25,7 @@ from walstream.config import (
 from walstream.config.live import LiveSinkConfig
 from walstream.dead_letters import DeadLetterStore, make_store
 from walstream.delivery import Delivery, Limits
-from walstream.destinations import Destination, Handler, Sink
+from walstream.destinations import Destination, Handler, Sink, since_of
 from walstream.errors import ConfigError, UsageError
 from walstream.journal import Journal
 from walstream.live.history import History, Recent
@@ -314,8 +314,9 @@ def _verify_routes(routes: Sequence[AnyRoute]) -> None:
         )
     names = [route.name for route in routes]
     problems = [
-        f"{route.name}: {names.count(route.name)} routes have this name, and dead letters and what"
-        " a transactional handler records are kept by it; give each a name of its own"
+        f"{route.name}: {names.count(route.name)} routes have this name, and dead letters, what a"
+        " transactional handler records, and how far one with since is, are kept by it; give each"
+        " a name of its own"
         for route in routes
         if names.count(route.name) > 1 and _keeps_something(route)
     ]
@@ -324,7 +325,11 @@ def _verify_routes(routes: Sequence[AnyRoute]) -> None:
 
 
 def _keeps_something(route: AnyRoute) -> bool:
-    return _is_transactional(route) or route.policy.on_failure is OnFailure.DEAD_LETTER
+    return (
+        _is_transactional(route)
+        or route.policy.on_failure is OnFailure.DEAD_LETTER
+        or since_of(route.destination) is not None
+    )
 
 
 def _is_transactional(route: AnyRoute) -> bool:

@@ -20,10 +20,10 @@ import structlog
 from walstream.catalog import Catalog
 from walstream.coverage import disguised, uncovered
 from walstream.delivery import Delivery
-from walstream.destinations import Handler
+from walstream.destinations import since_of
 from walstream.errors import ConfigError, HistoryMissing, SinkFailed, Unavailable
 from walstream.journal import Attachment, Journal
-from walstream.moments import FROM_BEGINNING, Moment
+from walstream.moments import FROM_BEGINNING
 from walstream.playback import Playback, Routing, Span, position_of
 from walstream.positions import BEGINNING, Position
 from walstream.router import Route, Router
@@ -33,13 +33,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.catch_up")
 
 def with_history(routes: Sequence[Route]) -> list[Route]:
     """List the routes to handlers that are attached with history."""
-    return [route for route in routes if since_of(route) is not None]
-
-
-def since_of(route: Route) -> Moment | None:
-    """Return since when its handler wants what is in the journal."""
-    destination = route.destination
-    return destination.options.since if isinstance(destination, Handler) else None
+    return [route for route in routes if since_of(route.destination) is not None]
 
 
 def verify_attached(
@@ -70,10 +64,8 @@ def _problems(route: Route, live_routes: Sequence[Route], *, has_journal: bool) 
     if not has_journal:
         return [f"{name} needs a journal: set path under [journal]"]
     if not live_routes:
-        return [
-            f'{name} needs a sink of type "live", and a [[routes]] to it that keeps what the'
-            f" handler wants of {route.pattern}"
-        ]
+        routed = f"a [[routes]] to it that keeps what the handler wants of {route.pattern}"
+        return [f'{name} needs a sink of type "live", and {routed}']
     problems = []
     if operations := uncovered(route, live_routes):
         problems.append(
@@ -207,7 +199,7 @@ class CatchUp:
         if known is not None and known.is_done:
             return None
         after: Position | None
-        since = since_of(route)
+        since = since_of(route.destination)
         assert since is not None  # noqa: S101 - see with_history
         if known is None:
             after = await position_of(since, self._journal, begins, datetime.now(UTC))
@@ -223,7 +215,7 @@ class CatchUp:
         """Begin where the journal does, if that was said to be right."""
         begins = self._journal.begins
         wanted = "what its handler is to get first" if known is None else str(known.position)
-        if not self._accept_gap and since_of(route) != BEGINNING:
+        if not self._accept_gap and since_of(route.destination) != BEGINNING:
             raise HistoryMissing(
                 f"{route.name}: the journal begins behind {begins}, and does not go back to"
                 f" {wanted}",

@@ -44,7 +44,7 @@ def _disguised(route: Route, live_routes: Sequence[Route]) -> Iterator[tuple[str
 
 
 def _keeps_all(live: Route, route: Route, operation: Operation) -> bool:
-    """Whether a route to the live sink keeps each change of an operation that the other one does."""
+    """Whether a route to the live sink keeps each change of an operation that the other keeps."""
     if not _contains(live, route) or not live.wants_operation(operation):
         return False
     if operation is Operation.TRUNCATE:

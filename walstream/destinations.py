@@ -114,6 +114,11 @@ class Sink(Protocol):
 Destination: TypeAlias = Handler | Sink
 
 
+def since_of(destination: Destination | None) -> Moment | None:
+    """Return since when a handler wants what is in the journal, if it does."""
+    return destination.options.since if isinstance(destination, Handler) else None
+
+
 def _verify_signature(function: HandlerFunction, options: HandlerOptions) -> None:
     arguments = (None,) if options.transactional is None else (None, None)
     first = "a list of changes" if options.takes_list else "the change"

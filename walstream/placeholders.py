@@ -113,7 +113,7 @@ def is_placeholder(value: str) -> bool:
 
 
 _PLACEHOLDER: Final = re.compile(r"\{claims\.(.+)\}", re.DOTALL)
-_ALMOST: Final = re.compile(r"\{\s*claims\b", re.IGNORECASE)
+_ALMOST: Final = re.compile(r"\{\s*claims\b|\A\W*claims\.[\w.]+\W*\Z", re.IGNORECASE)
 _LOOKALIKE: Final = re.compile(r"\{\s*[A-Za-z_]\w*(\.\w+)*\s*\}")
 _FILLABLE: Final = frozenset(Operator) - {
     Operator.LIKE,

@@ -26,7 +26,6 @@ from walstream.errors import DecodeError, FilterError, HistoryMissing
 from walstream.filters import Literal
 from walstream.flow import Handed
 from walstream.journal import JournalTrimmed
-from walstream.live.history import Trimmed
 from walstream.lsn import ZERO
 from walstream.moments import Moment
 from walstream.offline import read_offline
@@ -296,7 +295,7 @@ class Playback:
                     await self._hand(changes[begin : begin + HANDED_CHANGES])
                     if self._is_stopped:
                         return
-        except (JournalTrimmed, Trimmed):
+        except JournalTrimmed:
             raise HistoryMissing(
                 f"what stands behind {self._fed} was removed from the journal while it was read",
                 hint="the journal is too small for what is written meanwhile: raise max_bytes or"

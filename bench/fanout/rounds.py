@@ -22,6 +22,9 @@ VERIFIED_ROWS: Final = 2
 
 VERIFIED_AT_LEAST: Final = 300
 
+PEER_EVENTS: Final = 500_000
+"""The peer's rounds have no more: with a write for each event they would take minutes."""
+
 _WARM_UP: Final = Scenario("warm-up", 10, is_shared=True, events_per_second=1)
 
 _WRITE_SQL: Final = """
@@ -286,12 +289,13 @@ def _throughput(
 
 def _play_peer(scenario: Scenario, changes: int, transaction_rows: int, rounds: int) -> PeerRound:
     numbers = Rows()
+    most = max(PEER_EVENTS // scenario.events_per_change, transaction_rows)
     peer = Spoken("bench.fanout.peer")
     try:
         with Crowd(scenario, peer.hear(Listening).address) as crowd:
             played = []
             for _ in range(rounds):
-                rows = numbers.take(changes)
+                rows = numbers.take(min(changes, most))
                 crowd.expect(rows)
                 peer.tell(Serve(rows.start, rows.stop, transaction_rows, scenario.conversations))
                 arrived, served = crowd.arrived(), peer.hear(Served)

@@ -177,7 +177,7 @@ async def _judge_sink(site: Site, name: str, sink: SinkConfig) -> Outcome:
 def _live(site: Site) -> Outcome:
     if site.config.http.listen is None:
         return warning(
-            "clients by HTTP, and nothing listens for them", '-- write listen under [http]'
+            "clients by HTTP, and nothing listens for them", "-- write listen under [http]"
         )
     if not site.config.access.roles:
         return warning(
@@ -254,7 +254,7 @@ def is_local(host: str) -> bool:
 # ---- Packages
 
 _EXTRAS: Final = {
-    "http": ("starlette", "uvicorn", "prometheus_client"),
+    "http": ("starlette", "uvicorn", "prometheus_client", "jwt"),
     "tracing": ("opentelemetry.sdk",),
     "webhook": ("httpx",),
 }

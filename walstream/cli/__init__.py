@@ -20,7 +20,9 @@ from walstream.cli import (
     dead_letters,
     demo,
     explaining,
+    journal,
     models,
+    replaying,
     slot,
     streaming,
     trying,
@@ -46,10 +48,12 @@ app.command("tail")(streaming.tail)
 app.command("check")(checking.check)
 app.command("explain")(explaining.explain)
 app.command("test")(trying.try_recording)
+app.command("replay")(replaying.replay)
 app.command("demo")(demo.demo)
 app.add_typer(configuring.app, name="config")
 app.add_typer(slot.app, name="slot")
 app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(journal.app, name="journal")
 app.add_typer(models.app, name="models")
 app.add_typer(access.app, name="access")
 

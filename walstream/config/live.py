@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -78,10 +78,11 @@ class LiveConfig(Section):
 class JournalConfig(Section):
     """The changes that clients can ask for again: where, how many, for how long.
 
-    With ``durable`` a change is on disk before the slot moves.
+    ``max_bytes`` bounds the file with its ``-wal``. With ``durable`` a change is on disk before the
+    slot moves.
     """
 
     path: Path | None = None
-    max_bytes: Bytes = 1 << 30
+    max_bytes: Annotated[Bytes, Field(ge=1 << 20)] = 1 << 30
     max_age_seconds: Seconds = 7 * 86400.0
     durable: bool = False

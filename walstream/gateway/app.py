@@ -72,7 +72,8 @@ async def _tell(_request: Request, error: Exception) -> Response:
     if error.status_code == HTTPStatus.NOT_FOUND:
         hint = "nothing is answered at this path"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        hint = "use " + (error.headers or {}).get("Allow", "another method")
+        allowed = (error.headers or {}).get("Allow", "another method")
+        hint = "use " + ", ".join(sorted(allowed.split(", ")))
     body = {"error": error.detail, "hint": hint}
     return JSONResponse(body, error.status_code, error.headers)
 
@@ -80,7 +81,8 @@ async def _tell(_request: Request, error: Exception) -> Response:
 async def _fail(_request: Request, _error: Exception) -> Response:
     """Answer for a bug of ours; the server logs where it is."""
     body = {"error": "the answer could not be made", "hint": "the event http_failed says where"}
-    return JSONResponse(body, HTTPStatus.INTERNAL_SERVER_ERROR)
+    # Nothing is around this answer that would add them.
+    return JSONResponse(body, HTTPStatus.INTERNAL_SERVER_ERROR, _DEFAULTS)
 
 
 # What follows hands on what its application returns, without awaiting it: thousands of streams live

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -34,6 +34,8 @@ from walstream.positions import Position
 
 _PARAMETERS: Final = (*KEYS, "since", "token")
 _LINES_PARAMETERS: Final = (*_PARAMETERS, "until")
+_EVENTS: Final = SERVER_SENT_EVENTS.media_type
+_NO_STORE: Final = {"cache-control": "no-store"}
 
 
 def changes_routes(hub: Callable[[], Hub | None], gate: Gate, options: LiveConfig) -> list[Route]:
@@ -80,13 +82,28 @@ class _Changes:
         try:
             wish = await self._wish(scope)
         except RequestRefused as refused:
-            await _refuse(refused)(scope, receive, send)
+            await self._refuse(refused, scope)(scope, receive, send)
             return
         except AccessRefused as refused:
             answer = RequestRefused(refused.status, refused.reason, hint=refused.hint)
-            await _refuse(answer)(scope, receive, send)
+            await self._refuse(answer, scope)(scope, receive, send)
             return
         await self._answer(wish, scope, receive, send)
+
+    def _refuse(self, refused: RequestRefused, scope: Scope) -> Response:
+        accepted = Headers(scope=scope).get("accept", "")
+        is_event_source = self._encoding is SERVER_SENT_EVENTS and _EVENTS in accepted
+        if refused.status != 503 or not is_event_source:  # noqa: PLR2004 - Service Unavailable
+            return _refuse(refused)
+        # An EventSource comes back to a stream that has ended, and never to another status than 200
+        # (WHATWG HTML, 9.2.2).
+        content = self._retry() + self._encoding.note("end", {"reason": "unavailable"}, None)
+        return Response(content, media_type=self._encoding.media_type, headers=_NO_STORE)
+
+    def _retry(self) -> bytes:
+        if self._encoding is not SERVER_SENT_EVENTS:
+            return b""
+        return b"retry: %d\n" % round(self._options.retry_seconds * 1000)
 
     async def _wish(self, scope: Scope) -> _Wish:
         if scope["method"] not in ("GET", "HEAD"):
@@ -165,8 +182,7 @@ class _Changes:
             assert wish.begin is not None  # noqa: S101 - refused before
             await page(hub, client, wish.begin)
             return
-        if self._encoding is SERVER_SENT_EVENTS:
-            client.outflow.write(b"retry: %d\n" % round(options.retry_seconds * 1000))
+        client.outflow.write(self._retry())
         begin = hub.position if wish.begin is None else wish.begin
         client.outflow.write(self._encoding.note("streaming", {}, begin))
         await serve(hub, client, wish.begin, options.heartbeat_seconds)
@@ -188,7 +204,7 @@ async def _until_left(outflow: Stream, client: Client) -> None:
 
 
 def _refuse(refused: RequestRefused) -> JSONResponse:
-    headers: dict[str, Any] = {"cache-control": "no-store"}
+    headers = dict(_NO_STORE)
     if refused.status == 401:  # noqa: PLR2004 - Unauthorized
         headers["www-authenticate"] = "Bearer"
     if refused.status == 503:  # noqa: PLR2004 - Service Unavailable

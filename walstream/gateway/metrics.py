@@ -97,6 +97,7 @@ class VitalsCollector(Collector):
         yield from _in_flight(vitals)
         yield from _connections(vitals)
         yield from _live(vitals.live or LiveVitals(), vitals)
+        yield from _journal(vitals)
 
 
 def _state(vitals: Vitals) -> Iterator[Metric]:
@@ -364,6 +365,28 @@ def _live(live: LiveVitals, vitals: Vitals) -> Iterator[Metric]:
         "walstream_heartbeat_round_trip_seconds",
         "How long the last heartbeat was under way through the server's WAL",
         vitals.heartbeat_seconds,
+    )
+
+
+def _journal(vitals: Vitals) -> Iterator[Metric]:
+    """Make metrics of the journal; without one they have no samples."""
+    journal = vitals.journal
+    found = [] if journal is None else [journal]
+    gauges: list[tuple[str, str, list[float | None]]] = [
+        ("bytes", "What the journal's files take", [one.bytes for one in found]),
+        ("changes", "Changes in the journal", [one.changes for one in found]),
+        ("oldest_seconds", "Age of the oldest change", [one.oldest_seconds for one in found]),
+        ("failed", "1 when it could not be written to", [bool(one.failure) for one in found]),
+    ]
+    for name, documentation, values in gauges:
+        rows = [((), value) for value in values if value is not None]
+        yield _gauges(vitals, f"walstream_journal_{name}", documentation, [], rows)
+    yield _counters(
+        vitals,
+        "walstream_journal_appended_changes_total",
+        "Changes that were appended to the journal",
+        [],
+        [((), one.appended) for one in found],
     )
 
 

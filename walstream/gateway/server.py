@@ -39,6 +39,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from walstream.config.live import HttpConfig
+from walstream.errors import SetupError
 from walstream.gateway.app import make_app
 from walstream.gateway.compression import Compressor
 from walstream.gateway.listening import (
@@ -97,9 +98,9 @@ class Server:
             ConfigError: ``http.listen`` is no address that can be resolved.
             SetupError: nothing can listen there.
         """
+        config = _configure(make_app(vitals, routes, http))
         sockets = await listen_at(parse_listen(http.listen or ""))
         loop = asyncio.get_running_loop()
-        config = _configure(make_app(vitals, routes, http))
         shared = _Shared(loop, config, _allowed(http.max_connections))
         servers = [
             # asyncio takes as many connections at once as its backlog has; the real one is ours.
@@ -147,8 +148,9 @@ class Server:
 
 
 def _configure(app: ASGIApp) -> uvicorn.Config:
+    served = cast("ASGI3Application", app)  # Starlette and uvicorn have types of their own for this
     config = uvicorn.Config(
-        cast("ASGI3Application", app),  # Starlette and uvicorn have types of their own for this
+        served,
         http="httptools",
         ws="none",
         lifespan="off",
@@ -159,7 +161,14 @@ def _configure(app: ASGIApp) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=IDLE_SECONDS,
     )
+    if not hasattr(HttpToolsProtocol, "_start_asgi_task"):  # which `_Connection` overrides
+        message = (
+            f"http.listen is set, and uvicorn {uvicorn.__version__} is none that it works with"
+        )
+        raise SetupError(message, hint='pip install --upgrade "walstream[http]"')
     config.load()
+    # It may have put something around that logs whole requests, tokens and all.
+    config.loaded_app = served
     return config
 
 

@@ -128,10 +128,21 @@ class Stream(ABC):
             self._waiting += len(piece)
             self._call()
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether much waits here that the client could have: it is not the client that is slow."""
+        return False
+
+    async def moved(self) -> None:
+        """Wait until some of what waits has been sent, or the stream is over."""
+        if self._ended is None:
+            await self._next_move()
+
     def drop(self) -> None:
         """Forget pieces of which no byte has been sent, as for a client that is too slow."""
         self._pieces.clear()
         self._waiting = 0
+        self._tell_moved()
 
     async def room(self) -> None:
         """Wait until the client has fetched nearly all, or the stream is over.
@@ -224,6 +235,11 @@ class DirectStream(Stream):
     def waiting_bytes(self) -> int:
         """What has been written and the system has not taken for the client."""
         return self._waiting + self._transport.get_write_buffer_size()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether much waits here that the transport would take."""
+        return self._waiting > HIGH_BYTES and not self._is_paused and self._ended is None
 
     def begin(self) -> None:
         """Send from now on: the head is out."""

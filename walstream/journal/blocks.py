@@ -21,9 +21,9 @@ from walstream.positions import Position
 
 BLOCK_CHANGES: Final = 1000
 BLOCK_BYTES: Final = 1 << 20
-"""How many changes a block has at most, and how large their JSON is, unless one alone is larger.
+"""How many changes a block has at most, and how large their JSON is.
 
-Compressed it is an eighth of that or less.
+Compressed it is an eighth of that or less, mostly.
 """
 
 _LEVEL: Final = 2
@@ -51,15 +51,21 @@ class Piece(NamedTuple):
     size_bytes: int
 
 
-def encoded(changes: Sequence[Change], number_of: Callable[[Layout], int]) -> Iterator[Block]:
+def encoded(
+    changes: Sequence[Change],
+    number_of: Callable[[Layout], int],
+    *,
+    size_bytes: int = BLOCK_BYTES,
+) -> Iterator[Block]:
     """Make blocks of changes.
 
     Args:
         changes: in order.
         number_of: gives the number of a layout.
+        size_bytes: how large their JSON is at most, unless one change alone is larger.
     """
     for start in range(0, len(changes), BLOCK_CHANGES):
-        yield from _encoded(changes[start : start + BLOCK_CHANGES], number_of)
+        yield from _encoded(changes[start : start + BLOCK_CHANGES], number_of, size_bytes)
 
 
 def decoded(data: bytes, layout_of: Callable[[int], Layout]) -> Piece:
@@ -134,7 +140,9 @@ _decode: Final = msgspec.json.Decoder(_Content).decode
 _encode: Final = msgspec.json.Encoder().encode
 
 
-def _encoded(changes: Sequence[Change], number_of: Callable[[Layout], int]) -> Iterator[Block]:
+def _encoded(
+    changes: Sequence[Change], number_of: Callable[[Layout], int], size_bytes: int
+) -> Iterator[Block]:
     """Make one block, or several of parts when it gets too large."""
     layouts: dict[Layout, int] = {}
     transactions: list[Transaction] = []
@@ -163,10 +171,11 @@ def _encoded(changes: Sequence[Change], number_of: Callable[[Layout], int]) -> I
             )
         )
     text = _encode(([*dict.fromkeys(layouts.values())], [*map(_fields, transactions)], rows))
-    if len(text) > BLOCK_BYTES and len(changes) > 1:
-        parts = min(-(-len(text) // BLOCK_BYTES), len(changes))
-        for start in range(0, len(changes), size := -(-len(changes) // parts)):
-            yield from _encoded(changes[start : start + size], number_of)
+    if len(text) > size_bytes and len(changes) > 1:
+        parts = min(-(-len(text) // size_bytes), len(changes))
+        count = -(-len(changes) // parts)
+        for start in range(0, len(changes), count):
+            yield from _encoded(changes[start : start + count], number_of, size_bytes)
         return
     times = [microseconds(one.commit_time) for one in transactions]
     yield Block(

@@ -1,12 +1,14 @@
 """The shape of a relation's records as the journal keeps it, with the types that it needs.
 
 With these a change can be filtered and printed later, without a database: after a restart, and when
-the table or a type is gone or has become another. Built-in types are not kept: all know them.
+the table or a type is gone or has become another. Of built-in types, which all know, only that is
+kept which the catalog has told besides: how SQL names them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import msgspec
 
@@ -16,21 +18,19 @@ from walstream.values import Kind, PgType, Types
 
 
 def own_types(layout: Layout) -> list[PgType]:
-    """Return the types of a layout that are not built in, and those that these are built on.
+    """Return the types of a layout, and those that these are built on, as far as not all know them.
 
     In the order in which they are to be learned.
     """
-    learned = layout.types.learned()
     found: dict[int, PgType] = {}
-    waiting = [oid for oid in _typeoids(layout) if oid in learned]
+    waiting = [*_typeoids(layout)]
     while waiting:
         oid = waiting.pop()
         pg_type = layout.types.get(oid)
-        if oid in found or pg_type is None:
+        if oid in found or pg_type is None or pg_type == _KNOWN.get(oid):
             continue
         found[oid] = pg_type
-        parts = (pg_type.element, pg_type.base, *(part for _, part in pg_type.attributes))
-        waiting += [part for part in parts if part in learned]
+        waiting += [pg_type.element, pg_type.base, *(part for _, part in pg_type.attributes)]
     # Domains last: they take over the loader of what they are over.
     return sorted(found.values(), key=lambda one: (one.kind is Kind.DOMAIN, one.oid))
 
@@ -78,7 +78,7 @@ class Shapes:
         known = self._types.get(key)
         if known is None:
             loaders = TextLoaders()
-            loaders.register(key)
+            loaders.register(one for one in key if one.oid not in _KNOWN)
             known = self._types[key] = Types(loaders, key)
         return known
 
@@ -98,7 +98,8 @@ class _Definition(msgspec.Struct, frozen=True):
     types: list[PgType]
 
 
-_decode = msgspec.json.Decoder(_Definition).decode
+_KNOWN: Final = Types(TextLoaders())
+_decode: Final = msgspec.json.Decoder(_Definition).decode
 
 
 def _typeoids(layout: Layout) -> Iterator[int]:

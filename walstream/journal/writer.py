@@ -22,7 +22,7 @@ from walstream.changes import Change, Layout
 from walstream.errors import SinkFailed
 from walstream.journal import file
 from walstream.journal.attachments import Attachment, load_attachment, save_attachment
-from walstream.journal.blocks import Block, encoded
+from walstream.journal.blocks import BLOCK_BYTES, Block, encoded
 from walstream.journal.file import PAGE_BYTES, Sizes, State, Work
 from walstream.journal.layouts import definition_of, own_types
 from walstream.lsn import Lsn
@@ -162,7 +162,9 @@ class Writer:
         if not changes:
             return
         self._learn(list(dict.fromkeys(change.layout for change in changes)))
-        blocks = list(encoded(changes, lambda layout: self._layouts[layout].number))
+        size_bytes = min(BLOCK_BYTES, self._bounds.block_bytes // 2)
+        known = self._layouts
+        blocks = list(encoded(changes, lambda layout: known[layout].number, size_bytes=size_bytes))
         self._store(blocks, self._fitting(blocks))
         self.newest_time = blocks[-1].newest_time
         self.appended += len(changes)

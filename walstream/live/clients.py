@@ -65,6 +65,13 @@ class Outflow(Protocol):
     def write(self, piece: bytes) -> None:
         """Send a piece, soon and in order."""
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether much waits that the client could have: it is not the client that is slow."""
+
+    async def moved(self) -> None:
+        """Wait until some of that has been sent, or the client is slow, or gone."""
+
     def drop(self) -> None:
         """Forget what has not been sent."""
 

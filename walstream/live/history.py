@@ -8,7 +8,9 @@ from datetime import datetime
 from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
-from walstream.changes import Change
+import msgspec
+
+from walstream.changes import Change, Column
 from walstream.journal import JournalTrimmed
 from walstream.lsn import ZERO, Lsn
 from walstream.positions import BEGINNING, Position
@@ -148,9 +150,7 @@ class Recent:
             if kept.change.commit_time >= time:
                 break
             before = kept.position
-        else:
-            return before  # all is older, or nothing is known of that time
-        return before
+        return before  # with nothing before it, it is not known what there was at that time
 
     def _forget(self) -> None:
         self._kept.clear()
@@ -159,5 +159,9 @@ class Recent:
 
 def _size_bytes(change: Change) -> int:
     sent = change.sent_identity
-    identity = len(sent or b"") if not isinstance(sent, list) else sum(map(_length, sent))
-    return 200 + identity + sum(len(column.value) + 60 for column in change.new_columns or ())
+    identity = len(sent) if isinstance(sent, msgspec.Raw) else _columns_bytes(sent)
+    return 200 + identity + _columns_bytes(change.new_columns)
+
+
+def _columns_bytes(columns: Sequence[Column] | None) -> int:
+    return sum(len(column.value) + 60 for column in columns or ())

@@ -40,6 +40,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.live")
 SLICE_SECONDS: Final = 0.004
 """So long changes are published before others in the event loop have their turn."""
 
+SLICE_BYTES: Final = 1 << 16
+"""So much is given to a client at once, and a change more."""
+
 MAX_LAYOUTS: Final = 512
 MAX_LITERALS: Final = 20_000
 TABLE_SECONDS: Final = 10.0
@@ -195,44 +198,53 @@ class Hub:
         done, unknown = 0, -1
         while done < len(changes):
             await self._index(changes[done:])
-            done, is_known = self._publish_slice(changes, done, lenient=unknown)
+            done, is_known, pushed = self._publish_slice(changes, done, lenient=unknown)
             if not is_known:
                 unknown = done
                 await self.renew_types()
             elif done < len(changes):
                 await asyncio.sleep(0)
+            for client in pushed:
+                # Nobody is cut off because we publish faster than we send.
+                while client.outflow.is_behind and not client.has_ended():
+                    await client.outflow.moved()
 
     def _publish_slice(
         self, changes: Sequence[Change], begin: int, *, lenient: int
-    ) -> tuple[int, bool]:
-        """Publish for a few milliseconds; return how far it came, and whether labels are known.
+    ) -> tuple[int, bool, list[Client]]:
+        """Publish for a few milliseconds, or what one write can take.
+
+        Returns how far it came, whether labels are known, and who got something.
 
         Whoever cannot compare a label of the change at ``lenient`` does not see it.
         """
         frames: dict[Cohort, list[bytes]] = {}
         deadline = time.perf_counter() + SLICE_SECONDS
-        done, is_known = begin, True
-        while done < len(changes):
+        done, is_known, size = begin, True, 0
+        while done < len(changes) and size < SLICE_BYTES:
             if changes[done].layout not in self._indexes:
                 break  # the bound on layouts was reached
             try:
-                self._publish_one(changes[done], frames, strict=done != lenient)
+                size += self._publish_one(changes[done], frames, strict=done != lenient)
             except UnknownLabel:
                 is_known = False
                 break
             done += 1
             if time.perf_counter() > deadline:
                 break
+        pushed: list[Client] = []
         for cohort, pieces in frames.items():
             data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             self.sent_changes += len(pieces) * len(cohort.clients)
+            pushed += cohort.clients
             for client in cohort.clients:
                 client.push(data)
-        return done, is_known
+        return done, is_known, pushed
 
     def _publish_one(
         self, change: Change, frames: dict[Cohort, list[bytes]], *, strict: bool
-    ) -> None:
+    ) -> int:
+        """Return the bytes of the longest form of the change that somebody gets."""
         index = self._indexes.get(change.layout)
         seen: dict[Cohort, tuple[int, bytes]] = {}
         if index is not None:
@@ -250,6 +262,7 @@ class Hub:
             frames.setdefault(cohort, []).append(frame)
         self.position = Position.of(change)
         self.published_changes += 1
+        return max((len(frame) for _, frame in seen.values()), default=0)
 
     def _tell_reset(self) -> None:
         for cohort in self._cohorts.values():

@@ -9,9 +9,10 @@ from typing import Final
 
 from walstream.changes import Change
 from walstream.live.clients import Client
-from walstream.live.hub import Hub, look_at
+from walstream.live.hub import Hub, Prepared, look_at
 from walstream.live.subscriptions import RequestRefused
 from walstream.positions import Position
+from walstream.values import UnknownLabel
 
 TURN: Final = 100
 """Changes of a replay between two turns of the others in the event loop."""
@@ -30,6 +31,7 @@ class Replay:
     def __init__(self, hub: Hub, client: Client, after: Position) -> None:
         self._hub = hub
         self._client = client
+        self._has_renewed = False
         self.position = after
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -52,28 +54,41 @@ class Replay:
         Raises:
             JournalTrimmed: what is missed is not kept any more.
         """
-        hub, cohort = self._hub, self._client.cohort
+        hub = self._hub
         async for changes in hub.history.read(self.position, upto):
             frames: list[bytes] = []
             for begin in range(0, len(changes), TURN):
                 some = changes[begin : begin + TURN]
-                for layout in dict.fromkeys(change.layout for change in some):
-                    await hub.views(cohort, layout)
-                frames += self._frames(some)
+                frames += await self._frames(some)
                 self.position = Position.of(some[-1])
                 await asyncio.sleep(0)
             if frames:
                 hub.sent_changes += len(frames)
                 yield b"".join(frames)
 
-    def _frames(self, changes: Sequence[Change]) -> list[bytes]:
+    async def _frames(self, changes: Sequence[Change]) -> list[bytes]:
+        try:
+            return self._seen(changes, await self._views(changes), strict=not self._has_renewed)
+        except UnknownLabel:  # an enum has got it while no client compared with it
+            self._has_renewed = True
+            await self._hub.renew_types()
+            self._client.cohort.views.clear()  # it need not be one that the hub knows
+            return self._seen(changes, await self._views(changes), strict=False)
+
+    async def _views(self, changes: Sequence[Change]) -> Prepared:
+        """Compile; what the hub forgets meanwhile is kept here."""
         cohort = self._client.cohort
+        layouts = dict.fromkeys(change.layout for change in changes)
+        return {layout: await self._hub.views(cohort, layout) for layout in layouts}
+
+    def _seen(self, changes: Sequence[Change], views: Prepared, *, strict: bool) -> list[bytes]:
+        encoding = self._client.cohort.encoding
         frames = []
         for change in changes:
-            for view in cohort.views[change.layout]:
-                look = look_at(view, change, strict=False)
+            for view in views[change.layout]:
+                look = look_at(view, change, strict=strict)
                 if look is not None:
-                    frames.append(cohort.encoding.frame(view.show(change, look)))
+                    frames.append(encoding.frame(view.show(change, look)))
                     break
         return frames
 

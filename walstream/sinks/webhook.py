@@ -222,10 +222,11 @@ class WebhookSink:
             headers["host"] = url.netloc.decode("ascii")
             extensions["sni_hostname"] = url.raw_host.decode("ascii")
             url = url.copy_with(host=target.address)
+        headers["content-length"] = str(len(envelope.body))
         async with self._clients.client_for(target) as client:
-            with _unlogged():
+            with _unlogged(), _body(envelope.body) as body:
                 async with client.stream(
-                    "POST", url, content=envelope.body, headers=headers, extensions=extensions
+                    "POST", url, content=body, headers=headers, extensions=extensions
                 ) as response:
                     await _drain(response)
                     return response
@@ -320,6 +321,30 @@ def _basic(url: httpx.URL) -> dict[str, str]:
     user, _, password = url.userinfo.partition(b":")
     pair = f"{unquote(user)}:{unquote(password)}".encode()
     return {"authorization": f"Basic {base64.b64encode(pair).decode()}"}
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of a request, which can be let go of."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self.data
+
+
+@contextlib.contextmanager
+def _body(data: bytes) -> Iterator[_Body]:
+    """Make a body that is let go of at the end of the block.
+
+    httpx' responses and requests refer to each other in circles: they stay until the collector of
+    cycles comes, which may be after hundreds of requests, and so would their bodies.
+    """
+    body = _Body(data)
+    try:
+        yield body
+    finally:
+        body.data = b""
 
 
 async def _drain(response: httpx.Response) -> None:

@@ -61,9 +61,19 @@ function seconds(number) {
   return `${Math.round(number / 86400)} days`;
 }
 
+/** As `seconds`, of what lasts: nobody counts its tenths. */
+function lasting(number) {
+  return number < 99.5 ? `${Math.floor(number)} s` : seconds(number);
+}
+
 const dayOf = new Intl.DateTimeFormat("en-CA", { dateStyle: "short" });
 const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3 });
 const shortClock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });
+
+function timeOf(text) {
+  const date = new Date(text);
+  return Number.isNaN(date.getTime()) ? String(text) : clock.format(date);
+}
 
 function moment(text) {
   if (!text) return "–";
@@ -386,10 +396,9 @@ function makeReset({ reason, since, begins }) {
 
 function makeChange(change) {
   const { operation, table } = change;
-  const when = new Date(change.commit_time);
   const leaving = change.leaving === true || (operation === "update" && change.row === null);
   const summary = make("summary", {},
-    make("time", { datetime: change.commit_time, title: change.commit_time }, clock.format(when)),
+    make("time", { datetime: change.commit_time, title: change.commit_time }, timeOf(change.commit_time)),
     make("span", { class: "op", "data-op": leaving ? "leaving" : operation }, leaving ? "leaving" : operation),
     make("span", { class: "table", title: change.root ? `a partition of ${change.root}` : null }, `${change.schema}.${table}`),
     preview(change));
@@ -407,7 +416,7 @@ const PREVIEW_LENGTH = 80;
 function preview({ operation, row, identity }) {
   const line = make("span", { class: "values" });
   let columns = Object.entries(row ?? identity ?? {});
-  const changed = row && identity ? columns.filter(([name, value]) => name in identity && textOf(identity[name]) !== textOf(value)) : [];
+  const changed = row && identity ? columns.filter(([name, value]) => Object.hasOwn(identity, name) && textOf(identity[name]) !== textOf(value)) : [];
   if (operation === "update" && changed.length) {
     const key = columns[0];
     columns = changed.includes(key) ? changed : [key, ...changed];
@@ -434,7 +443,7 @@ function inside(change) {
   const body = make("tbody", {});
   for (const name of names) {
     const line = make("tr", {}, make("th", { scope: "row" }, name));
-    const differs = row && identity && name in row && name in identity && textOf(row[name]) !== textOf(identity[name]);
+    const differs = row && identity && Object.hasOwn(row, name) && Object.hasOwn(identity, name) && textOf(row[name]) !== textOf(identity[name]);
     if (identity) line.append(cell(identity, name, false));
     if (row) {
       const after = cell(row, name, unchanged.includes(name));
@@ -454,7 +463,7 @@ function inside(change) {
 }
 
 function cell(values, name, isUnchanged) {
-  if (!(name in values)) return make("td", { class: "none" }, isUnchanged ? "unchanged, not sent" : "–");
+  if (!Object.hasOwn(values, name)) return make("td", { class: "none" }, isUnchanged ? "unchanged, not sent" : "–");
   const value = values[name];
   return value === null ? make("td", { class: "none" }, "null") : make("td", {}, textOf(value));
 }
@@ -689,7 +698,7 @@ const figures = {
   async refuse(answer) {
     const { error, hint } = await explained(answer);
     this.refused = true;
-    setState(find("phase"), "quiet", answer.status === 401 ? "no token" : "figures are not for this role");
+    setState(find("phase"), "quiet", answer.status === 401 ? "figures need a token" : "figures are not for this role");
     find("figures").classList.add("unknown");
     if (answer.status === 401) noticeToken([error, hint].filter(Boolean).join(" — "));
     letters.refuse(answer.status === 401 ? "A token is needed." : "Not for this role.");
@@ -725,7 +734,7 @@ function sum(list, name) {
 function expiry(at) {
   if (!at) return "";
   const rest = at - Date.now() / 1000;
-  return rest > 0 ? `, for another ${seconds(rest)}` : ", until now";
+  return rest > 0 ? `, for another ${lasting(rest)}` : ", until now";
 }
 
 const PHASES = { streaming: "good", connecting: "busy", standing_by: "warn", waiting: "warn", stopping: "warn", stopped: "bad" };
@@ -781,9 +790,9 @@ function fact(name, value, more = {}) {
 function showStream({ heartbeat_seconds, phase, phase_seconds, reason, stalled_seconds, stalled_because, positions, lag, in_flight, counters }) {
   const reconnects = Object.entries(counters.reconnects);
   showFacts("stream", [
-    fact("Phase", `${phase.replace("_", " ")} for ${seconds(Math.floor(phase_seconds))}`),
+    fact("Phase", `${phase.replace("_", " ")} for ${lasting(phase_seconds)}`),
     reason && phase !== "streaming" && { say: reason },
-    stalled_because && { say: `Stalled for ${seconds(stalled_seconds)}: ${stalled_because}` },
+    stalled_because && { say: `Stalled for ${lasting(stalled_seconds)}: ${stalled_because}` },
     fact("Behind", `${bytes(lag.bytes)} of WAL`),
     fact("Received", positions.received_lsn),
     fact("All taken up to", positions.flush_lsn),
