@@ -22,10 +22,11 @@ import pytest
 
 from tests.command_line import CommandLine, slot_name
 from tests.live_service import Event, LiveService, events_of, live_service
+from tests.postgres import wait_until
 from tests.tokens import AUDIENCE, ISSUER, Tokens
 from walstream.testing.databases import Database, create_database, drop_database
 
-SECRET: Final = "SECRET"
+SECRET: Final = "SECRET"  # noqa: S105 - of nobody
 LONG: Final = "x" * 9000
 """Long enough to be stored out of line, where it is not compressed."""
 
@@ -257,13 +258,19 @@ class Answer(NamedTuple):
     received: bytes
 
 
-def ask(
-    site: Site, target: bytes, headers: Sequence[bytes] = (), *, method: bytes = b"GET"
-) -> Answer:
-    """Send a request as it is written here, and read all that comes back."""
+@contextmanager
+def asking(
+    site: Site,
+    target: bytes,
+    headers: Sequence[bytes],
+    *,
+    method: bytes = b"GET",
+) -> Iterator[socket.socket]:
     address = urlsplit(site.service.url)
-    assert address.hostname
-    with socket.create_connection((address.hostname, address.port or 80), timeout=10) as one:
+    with socket.socket() as one:
+        one.settimeout(10)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        one.connect((address.hostname, address.port))
         lines = [
             b"%b %b HTTP/1.1" % (method, target),
             b"Host: " + address.netloc.encode(),
@@ -271,6 +278,14 @@ def ask(
             *headers,
         ]
         one.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+        yield one
+
+
+def ask(
+    site: Site, target: bytes, headers: Sequence[bytes] = (), *, method: bytes = b"GET"
+) -> Answer:
+    """Send a request as it is written here, and read all that comes back."""
+    with asking(site, target, headers, method=method) as one:
         received = b""
         while piece := one.recv(1 << 16):
             received += piece
@@ -826,11 +841,11 @@ SCENES: Final = [
         [("table", "public.renamed")],
     ),
 ]
-CLEAN: Final = ";".join(
-    f"DELETE FROM {table}"
-    for table in "messages defaults hidden events wide wide_full listed renamed keyed unkeyed"
-    " app.things walstream.dead_letters".split()
+TABLES: Final = (
+    *("messages", "defaults", "hidden", "events", "wide", "wide_full", "listed", "renamed"),
+    *("keyed", "unkeyed", "app.things", "walstream.dead_letters"),
 )
+CLEAN: Final = ";".join(f"DELETE FROM {table}" for table in TABLES)
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
@@ -902,3 +917,29 @@ def test_a_stream_ends_when_its_token_does(site: Site, path: str) -> None:
     assert expires_at <= time.time() < expires_at + 5
     header = f"Authorization: Bearer {token}".encode()
     assert ask(site, target("live", query, ""), [header]).status == 401
+
+
+@pytest.mark.parametrize("way", ["replayed", "page"])
+def test_what_was_missed_ends_when_the_token_does(site: Site, way: str) -> None:
+    """Also for who reads it so slowly that it lasts; a page that is cut says that it is."""
+    count = 1200
+    site.database.execute(CLEAN)
+    with stream(site, [("table", "public.marks")]) as marks:
+        site.mark(f"long {way}")
+        begin = _mark_id(marks, f"long {way}")
+        site.database.execute(
+            "INSERT INTO listed SELECT i, repeat('x', 9000) FROM generate_series(1, %s::int) i",
+            count,
+        )
+        site.mark(f"end of long {way}")
+        marks.until_mark(f"end of long {way}")
+    expires_at = int(time.time()) + 2
+    header = f"Authorization: Bearer {site.tokens.good(exp=expires_at)}".encode()
+    asked = target(way, [("table", "public.listed")], begin)
+    with asking(site, asked, [header]) as one:
+        received = one.recv(1000)
+        wait_until(lambda: time.time() > expires_at + 0.5)
+        while piece := one.recv(1 << 16):
+            received += piece
+    assert 0 < received.count(b'"operation":"insert"') < count
+    assert b'"reason":"expired"' in received[-200:]

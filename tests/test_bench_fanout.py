@@ -15,9 +15,10 @@ from walstream.cluster import ServerPrograms
 @pytest.fixture
 def report(server_programs: ServerPrograms) -> object:
     small = ["--scenario", "500 filters", "500 alike", "--subscribers", "20", "--rounds", "1"]
-    less = ["--events", "200", "--shared-events", "2000", "--seconds", "0.1"]
+    less = ["--events", "200", "--shared-events", "2000", "--transaction-rows", "10"]
+    paced = ["--seconds", "0.1"]
     finished = subprocess.run(
-        [sys.executable, "-m", "bench.fanout", "--json", *small, *less],
+        [sys.executable, "-m", "bench.fanout", "--json", *small, *less, *paced],
         cwd=Path(__file__).parent.parent,
         check=True,
         stdout=subprocess.PIPE,
@@ -36,7 +37,7 @@ def test_the_benchmark_reports_every_figure_of_every_scenario(report: object) ->
                     "memory": {"bytes_per_subscriber": float()},
                     "throughput": [
                         {
-                            "transaction_rows": 1,
+                            "transaction_rows": 10,
                             "changes": 100,
                             "medians": {
                                 "events_per_second": float(),
@@ -45,8 +46,7 @@ def test_the_benchmark_reports_every_figure_of_every_scenario(report: object) ->
                             },
                             "peer": {"events_per_second": float()},
                             "ratio": float(),
-                        },
-                        {"transaction_rows": 100},
+                        }
                     ],
                     "latencies": [{"part": 0.1, "p99_milliseconds": float()}, {"part": 1.0}],
                 },

@@ -624,7 +624,7 @@ async def test_half_requests_are_given_up_and_do_not_hold_up_the_loop(
     )
     async with serving(Streams()) as gateway:
         async with heartbeat() as late:
-            open_ = [await connect(gateway, half) for half in halves * 20]
+            open_ = [await connect(gateway, half) for half in halves * 10]
             while gateway.server._state.connections:
                 for _, writer in open_:
                     if not writer.transport.is_closing():

@@ -1,5 +1,6 @@
-"""Clients that others have made read the stream, and go on where they were: curl, httpx-sse, and the
-package eventsource of Node.
+"""Clients that others have made read the stream, and go on where they were.
+
+They are curl, httpx-sse, and the package eventsource of Node.
 
 What each does by itself it does here: EventSource comes back alone, with the id of its last event;
 the two others are started again with it.
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 from urllib.parse import urlencode
 
 import httpx
@@ -102,8 +103,9 @@ class StockClient(ABC):
     def connection(self) -> Iterator[Event]:
         """Read until the connection ends."""
 
+    @abstractmethod
     def stop(self) -> None:
-        """End what runs."""
+        """End what would not end by itself."""
 
 
 class _Program(StockClient):
@@ -148,11 +150,14 @@ class HttpxSse(StockClient):
     def connection(self) -> Iterator[Event]:
         headers = {"Last-Event-ID": self.last_id} if self.last_id else {}
         with (
-            httpx.Client(timeout=5, trust_env=False, verify=False) as client,
+            httpx.Client(timeout=5, trust_env=False) as client,
             httpx_sse.connect_sse(client, "GET", self.url, headers=headers) as source,
         ):
             for one in source.iter_sse():
                 yield Event(one.event, one.id, one.data)
+
+    def stop(self) -> None:
+        """The next heartbeat ends it."""
 
 
 class NodeEventSource(_Program):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import structlog
@@ -24,7 +24,7 @@ from walstream.destinations import since_of
 from walstream.errors import ConfigError, HistoryMissing, SinkFailed, Unavailable
 from walstream.journal import Attachment, Journal
 from walstream.moments import FROM_BEGINNING
-from walstream.playback import Playback, Routing, Span, position_of
+from walstream.playback import Playback, Routing, Span, Watch, position_of
 from walstream.positions import BEGINNING, Position
 from walstream.router import Route, Router
 
@@ -121,21 +121,21 @@ class CatchUp:
         self.handler = ""
         """Whose turn it is."""
 
-    async def run(self, upto: Position, look: Callable[[], Awaitable[None]]) -> bool:
+    async def run(self, upto: Position, watch: Watch) -> bool:
         """Deliver to one handler after another; return whether all have got everything.
 
         Args:
             upto: what stands behind it comes by the stream.
-            look: called every second meanwhile; what it raises ends this.
+            watch: what is done meanwhile; what it raises ends this.
 
         Raises:
             HistoryMissing: the journal does not go back to where a handler is to begin.
             Unavailable: the journal cannot be written to now.
-            WalstreamError: a handler did not take a change, or what ``look`` raised.
+            WalstreamError: a handler did not take a change, or what the watch raised.
         """
         try:
             for route in self._routes:
-                if self._is_stopped or not await self._catch_up(route, upto, look):
+                if self._is_stopped or not await self._catch_up(route, upto, watch):
                     return False
         except SinkFailed as failure:  # the journal's: of handlers it is HandlerFailed
             raise Unavailable(failure.message, hint=failure.hint) from failure
@@ -147,9 +147,7 @@ class CatchUp:
         if self._playback is not None:
             self._playback.stop()
 
-    async def _catch_up(
-        self, route: Route, upto: Position, look: Callable[[], Awaitable[None]]
-    ) -> bool:
+    async def _catch_up(self, route: Route, upto: Position, watch: Watch) -> bool:
         """Deliver to one handler what it has not got; return whether it has got everything."""
         after = await self._begin(route)
         if after is None:
@@ -164,7 +162,7 @@ class CatchUp:
             if playback.position != noted:
                 noted = playback.position
                 await self._note(route, Attachment(noted, is_done=False))
-            await look()
+            await watch.look()
 
         playback = self._playback = Playback(
             self._journal,
@@ -172,7 +170,7 @@ class CatchUp:
             routing,
             self._delivery,
             drain_seconds=self._drain_seconds,
-            look=look_and_note,
+            watch=Watch(look_and_note, watch.every_seconds),
         )
         try:
             await playback.run()
@@ -182,15 +180,19 @@ class CatchUp:
             if not _is_cancelled():  # else this process is given up
                 is_done = playback.is_done
                 await self._note(route, Attachment(playback.position, is_done=is_done))
+        position = str(playback.position)
+        if not playback.is_done:
+            log.info("catch_up_interrupted", handler=route.name, position=position)
+            return False
         log.info(
-            "caught_up" if playback.is_done else "catch_up_interrupted",
+            "caught_up",
             handler=route.name,
-            position=str(playback.position),
+            position=position,
             changes=playback.changes,
             kept=routing.router.counts[0].matched,
             seconds=round(time.monotonic() - began_at, 1),
         )
-        return playback.is_done
+        return True
 
     async def _begin(self, route: Route) -> Position | None:
         """Return behind what the handler's history begins; None when it has got everything."""
@@ -216,8 +218,10 @@ class CatchUp:
         begins = self._journal.begins
         wanted = "what its handler is to get first" if known is None else str(known.position)
         if not self._accept_gap and since_of(route.destination) != BEGINNING:
+            oldest = self._journal.vitals().oldest_time
+            at = "" if oldest is None else f", at what was committed {oldest:%Y-%m-%d %H:%M:%S}Z"
             raise HistoryMissing(
-                f"{route.name}: the journal begins behind {begins}, and does not go back to"
+                f"{route.name}: the journal begins behind {begins}{at}, and does not go back to"
                 f" {wanted}",
                 hint=f'since="{FROM_BEGINNING}" takes what there is, and so does walstream run'
                 " --accept-gap, once",

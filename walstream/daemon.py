@@ -53,6 +53,7 @@ from walstream.loop_watch import watch_loop
 from walstream.lsn import ZERO, Lsn
 from walstream.outlets import Held
 from walstream.parking import Parking
+from walstream.playback import Watch
 from walstream.positions import Position
 from walstream.postgres import python_encoding
 from walstream.preflight import verify_routes
@@ -660,9 +661,9 @@ class Daemon:
             accept_gap=self._accept_gap,
         )
         try:
-            return await self._catching_up.run(
-                Position.after(started.confirmed), partial(self._keep_slot, started)
-            )
+            interval = _status_interval(started.wal_sender_timeout_seconds)
+            watch = Watch(partial(self._keep_slot, started), min(interval, 1.0))
+            return await self._catching_up.run(Position.after(started.confirmed), watch)
         finally:
             self._catching_up = None
 

@@ -23,7 +23,7 @@ from walstream.journal import JournalReader, State
 from walstream.live.sink import LiveSink
 from walstream.moments import FROM_BEGINNING, Moment
 from walstream.outlets import OutletCounts
-from walstream.playback import Playback, Routing, Span, position_of
+from walstream.playback import Playback, Routing, Span, Watch, position_of
 from walstream.policy import OnFailure
 from walstream.positions import BEGINNING, Position
 from walstream.router import Route, RouteCounts, Router
@@ -157,7 +157,7 @@ class HistoryReplay:
                 self._routing,
                 self._delivery,
                 drain_seconds=self._config.stream.drain_seconds,
-                look=self._look,
+                watch=Watch(self._look),
             )
             if not self._is_stopped:
                 await self._playback.run()
@@ -223,7 +223,7 @@ class HistoryReplay:
     async def _refused(self, state: State) -> HistoryMissing:
         status = await self._reader.status()
         oldest = status.oldest_time
-        what = "" if oldest is None else f", with what was committed at {oldest:%Y-%m-%d %H:%M:%S}Z"
+        what = "" if oldest is None else f", at what was committed {oldest:%Y-%m-%d %H:%M:%S}Z"
         return HistoryMissing(
             f"the journal does not go back to {self._wish.asked}: it begins behind"
             f" {state.begins}{what}",

@@ -38,8 +38,12 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.playback")
 HANDED_CHANGES: Final = 100
 """So many are routed before they are handed over, and before others have their turn."""
 
-LOOK_SECONDS: Final = 1.0
-"""How often it is looked at while it lasts."""
+
+class Watch(NamedTuple):
+    """What is done beside a playback, and how often; what it raises ends the playback."""
+
+    look: Callable[[], Awaitable[None]]
+    every_seconds: float = 1.0
 
 
 class Kept(Protocol):
@@ -198,7 +202,7 @@ class Playback:
         delivery: Delivery,
         *,
         drain_seconds: float,
-        look: Callable[[], Awaitable[None]],
+        watch: Watch,
     ) -> None:
         """Begin nothing yet.
 
@@ -208,14 +212,14 @@ class Playback:
             routing: where it goes.
             delivery: the way there; nothing else uses it meanwhile.
             drain_seconds: how long a stop waits for what is being delivered.
-            look: called every `LOOK_SECONDS`; what it raises ends the playback.
+            watch: what is done meanwhile.
         """
         self._kept = kept
         self._span = span
         self._routing = routing
         self._delivery = delivery
         self._drain_seconds = drain_seconds
-        self._look = look
+        self._watch = watch
         self._acknowledger = Acknowledger(ZERO)
         self._whole_transactions = any(
             isinstance(route.destination, Handler) and route.destination.options.transactions
@@ -257,7 +261,7 @@ class Playback:
 
         Raises:
             HistoryMissing: it was removed from the journal meanwhile.
-            WalstreamError: a destination did not take a change, or what ``look`` raised.
+            WalstreamError: a destination did not take a change, or what the watch raised.
         """
         self._delivery.attach(self._acknowledger)
         if self._is_stopped:  # `attach` has forgotten it
@@ -284,8 +288,8 @@ class Playback:
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            await self._look()
+            await asyncio.sleep(self._watch.every_seconds)
+            await self._watch.look()
 
     async def _feed(self) -> None:
         """Hand over until all is handed over, or `stop` is called."""

@@ -496,8 +496,6 @@ class Session:
         await self._record(flush_lsn)
         self._recorded_lsn = flush_lsn
 
-
-
     async def _watch(self) -> None:
         """Look at what the stream cannot tell: a server that shuts down, tables that change kind.
 

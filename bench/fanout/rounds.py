@@ -25,7 +25,7 @@ VERIFIED_AT_LEAST: Final = 300
 PEER_EVENTS: Final = 500_000
 """The peer's rounds have no more: with a write for each event they would take minutes."""
 
-_WARM_UP: Final = Scenario("warm-up", 10, is_shared=True, events_per_second=1)
+_WARM_UP: Final = Scenario("warm-up", 10, is_shared=True, events_per_second=1.0)
 
 _WRITE_SQL: Final = """
     DO $$
@@ -246,7 +246,7 @@ class _Stage:
             clients_cpu_microseconds=sum(one.cpu_seconds for one in arrived) / events * 1e6,
             event_bytes=sum(one.received_bytes for one in arrived) / events,
             events_per_read=events / sum(one.reads for one in arrived),
-            slot_lag_bytes=lag_bytes,
+            slot_lag_bytes=float(lag_bytes),
             confirmed_seconds=confirmed_seconds,
         )
 

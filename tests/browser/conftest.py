@@ -66,6 +66,8 @@ def chromium() -> str:
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Browser]:
     """The browser of a module's tests."""
+    if os.environ.get("CI") != "true":
+        pytest.importorskip("playwright")
     from playwright.sync_api import sync_playwright  # noqa: PLC0415 - not asked for elsewhere
 
     with sync_playwright() as playwright:

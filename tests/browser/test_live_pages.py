@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -100,48 +101,48 @@ def site(database: Database, tmp_path: Path) -> Iterator[Site]:
         yield Site(tmp_path, database, opened)
 
 
-def open_example(site: Site, open_page: OpenPage, conversation: str) -> Page:
-    page = open_page(site.example_url)
-    page.wait_for_selector("#state.live")
-    page.fill("#conversation", conversation)
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#state.live")
-    return page
+@dataclass(frozen=True)
+class Shown:
+    """A page, and the list in it where rows are shown, the newest first."""
+
+    name: str
+    page: Page
+    rows_in: str
+
+    def count(self, comparison: str) -> None:
+        """Wait until so many rows are shown."""
+        until(self.page, f"document.querySelector('{self.rows_in}').children.length {comparison}")
+
+    def rows(self) -> list[str]:
+        """The text of the rows that are shown, the oldest first."""
+        found: list[str] = self.page.evaluate(
+            "(rows) => [...document.querySelector(rows).children].map((one) => one.innerText)",
+            self.rows_in,
+        )
+        return found[::-1]
 
 
-def open_dashboard(site: Site, open_page: OpenPage, conversation: str) -> Page:
-    page = open_page(f"{site.url}/#table=public.messages_v2")
-    page.select_option("#keep", "2000")
-    page.fill("[name=where]", f"conversation_id=eq.{conversation}")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#link[data-tone=good]")
-    return page
+@pytest.fixture
+def pages(site: Site, open_page: OpenPage) -> list[Shown]:
+    """Both pages, which show one conversation."""
+    example = open_page(site.example_url)
+    example.wait_for_selector("#state.live")
+    example.fill("#conversation", "abc-123")
+    example.keyboard.press("Enter")
+    dashboard = open_page(f"{site.url}/#table=public.messages_v2")
+    dashboard.select_option("#keep", "2000")
+    dashboard.fill("[name=where]", "conversation_id=eq.abc-123")
+    dashboard.keyboard.press("Enter")
+    example.wait_for_selector("#state.live")
+    dashboard.wait_for_selector("#link[data-tone=good]")
+    return [Shown("example", example, "#messages"), Shown("dashboard", dashboard, "#feed")]
 
 
-PAGES: Final = {
-    "example": (open_example, "#messages"),
-    "dashboard": (open_dashboard, "#feed"),
-}
-
-every_page = pytest.mark.parametrize("name", PAGES)
-
-
-def rows(page: Page, selector: str) -> list[str]:
-    """The text of the rows that are shown, the oldest first."""
-    found: list[str] = page.evaluate(
-        "(selector) => [...document.querySelector(selector).children].map((one) => one.innerText)",
-        selector,
-    )
-    return found[::-1]
-
-
-@every_page
 def test_a_row_is_shown_within_100_ms_of_its_commit_and_only_those_asked_for(
-    site: Site, open_page: OpenPage, keep_shot: KeepShot, name: str
+    site: Site, pages: list[Shown], keep_shot: KeepShot
 ) -> None:
-    open_it, selector = PAGES[name]
-    page = open_it(site, open_page, "abc-123")
-    page.evaluate(NOTE_ARRIVALS, selector)
+    for one in pages:
+        one.page.evaluate(NOTE_ARRIVALS, one.rows_in)
     begun = []
     with site.database.connect(autocommit=False) as connection:
         for number in range(ROWS):
@@ -149,31 +150,33 @@ def test_a_row_is_shown_within_100_ms_of_its_commit_and_only_those_asked_for(
             connection.execute(INSERT, ["abc-123", f"Hello {number}"])
             begun.append(time.time() * 1000)
             connection.commit()
-            until(page, f"window.arrivals.length === {number + 1}")
-    shown: list[float] = page.evaluate("window.arrivals")
-    waits = [at - before for at, before in zip(shown, begun, strict=True)]
-    print(  # noqa: T201 - to be read where tests are run
-        f"\n{name}: commit to shown, median {statistics.median(waits):.1f} ms, longest"
-        f" {max(waits):.1f} ms"
-    )
-    assert len(rows(page, selector)) == ROWS
-    assert "not asked for" not in page.inner_text("body")
-    assert statistics.median(waits) < MEDIAN_MS
-    keep_shot(page, f"{name}-live")
+            for one in pages:
+                until(one.page, f"window.arrivals.length === {number + 1}")
+    for one in pages:
+        shown: list[float] = one.page.evaluate("window.arrivals")
+        waits = [at - before for at, before in zip(shown, begun, strict=True)]
+        print(  # noqa: T201 - to be read where tests are run
+            f"\n{one.name}: commit to shown, median {statistics.median(waits):.1f} ms, longest"
+            f" {max(waits):.1f} ms"
+        )
+        keep_shot(one.page, f"{one.name}-live")
+        assert len(one.rows()) == ROWS
+        assert "not asked for" not in one.page.inner_text("body")
+        assert statistics.median(waits) < MEDIAN_MS
 
 
-@every_page
 def test_what_was_missed_while_the_network_was_cut_is_shown_once_in_order(
-    site: Site, open_page: OpenPage, keep_shot: KeepShot, name: str
+    site: Site, pages: list[Shown], keep_shot: KeepShot
 ) -> None:
-    open_it, selector = PAGES[name]
-    page = open_it(site, open_page, "abc-123")
     site.write("abc-123", "before")
-    until(page, f"document.querySelector('{selector}').children.length === 1")
+    for one in pages:
+        one.count("=== 1")
     site.proxy.refuse()
     site.proxy.cut()
-    until(page, "/cut off|connecting/.test(document.querySelector('#state, #link').textContent)")
-    keep_shot(page, f"{name}-cut-off")
+    for one in pages:
+        state = "document.querySelector('#state, #link').textContent"
+        until(one.page, f"/cut off|connecting/.test({state})")
+        keep_shot(one.page, f"{one.name}-cut-off")
     with site.database.connect(autocommit=False) as connection:
         for number in range(MISSED):
             connection.execute(INSERT, ["abc-123", f"missed {number}"])
@@ -181,15 +184,14 @@ def test_what_was_missed_while_the_network_was_cut_is_shown_once_in_order(
                 connection.execute(INSERT, ["another", "not asked for"])
                 connection.commit()
         connection.commit()
-    site.write("abc-123", "the last one")
     site.proxy.restore()
-    count = MISSED + 2
-    until(page, f"document.querySelector('{selector}').children.length >= {count}")
-    shown = rows(page, selector)
-    assert len(shown) == count
-    assert "before" in shown[0]
-    assert [re.findall(r"missed (\d+)", one) for one in shown[1:-1]] == [
-        [str(number)] for number in range(MISSED)
-    ]
-    assert "the last one" in shown[-1]
-    keep_shot(page, f"{name}-back", full_page=False)
+    site.write("abc-123", "the last one")
+    for one in pages:
+        one.count(f">= {MISSED + 2}")
+        first, *missed, last = one.rows()
+        assert "before" in first
+        assert [re.findall(r"missed (\d+)", text) for text in missed] == [
+            [str(number)] for number in range(MISSED)
+        ]
+        assert "the last one" in last
+        keep_shot(one.page, f"{one.name}-back", full_page=False)

@@ -133,7 +133,7 @@ def test_a_token_that_runs_out_ends_the_stream_and_the_page_says_so(
 ) -> None:
     page = open_page(f"{shop.url}#token={shop.token(3)}")
     until(page, "document.querySelector('#link').dataset.tone === 'good'")
-    page.wait_for_selector("#notice:not([hidden])")
+    page.wait_for_selector("#link[data-tone=bad]")
     assert "expired" in page.inner_text("#notice")
     shop.database.execute("INSERT INTO orders VALUES (1, 10)")
     wait_until(lambda: shop.mails() == ["1"])

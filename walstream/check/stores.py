@@ -1,8 +1,11 @@
-"""Where dead letters are kept, and the databases that transactional handlers write to."""
+"""Where dead letters and the journal are kept; the databases of transactional handlers."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -13,6 +16,7 @@ from walstream.assembly import letters_of
 from walstream.check.findings import (
     Finding,
     Outcome,
+    duration,
     identifier,
     literal,
     ok,
@@ -24,6 +28,7 @@ from walstream.check.findings import (
 from walstream.check.place import unwritable_folder
 from walstream.check.site import Question, Site, answered
 from walstream.destinations import Handler
+from walstream.journal import JournalReader, sizes
 from walstream.lsn import Lsn
 from walstream.policy import OnFailure
 
@@ -230,7 +235,54 @@ def _where(site: Site, connection: AsyncConnection[TupleRow]) -> list[str]:
     return [f"-- in the database {info.dbname} at {here}:"]
 
 
-QUESTIONS: Final = (Question("dead letters", "store", _dead_letters),)
+# ---- The journal
+
+
+async def _journal(site: Site) -> Outcome | None:
+    """Look at the journal's file, and whether the disk has what the journal may take of it."""
+    section = site.config.journal
+    if section.path is None:
+        return None
+    path = section.path.absolute()
+    if all(sink.type != "live" for sink in site.config.sinks.values()):
+        return warning(
+            "nothing is written to it: no sink is of the type live",
+            '-- write [sinks.NAME] with type = "live" and routes to it, or remove [journal]',
+        )
+    unwritable = unwritable_folder(path)
+    if unwritable is not None:
+        return unwritable
+    taken = sum(sizes(path))
+    found = f"{path}, which the first start makes"
+    if path.exists() and path.stat().st_size:
+        found = await _in_journal(path)
+    free = shutil.disk_usage(path.parent).free
+    if free + taken < section.max_bytes:
+        return warning(
+            f"{found}: it may take {size(section.max_bytes)}, and {size(free)} are free",
+            "-- make room, or set max_bytes under [journal] lower",
+        )
+    return ok(found)
+
+
+async def _in_journal(path: Path) -> str:
+    reader = JournalReader(path)
+    await reader.open()
+    try:
+        status = await reader.status()
+    finally:
+        await reader.close()
+    found = f"{path}: {status.state.changes:,} changes, {size(status.bytes)}"
+    if status.oldest_time is None:
+        return found
+    age = datetime.now(UTC) - status.oldest_time
+    return f"{found}, back to {duration(max(age.total_seconds(), 0))} ago"
+
+
+QUESTIONS: Final = (
+    Question("dead letters", "store", _dead_letters),
+    Question("journal", "file", _journal),
+)
 
 _LETTERS: Final = b"""
     SELECT n.oid IS NOT NULL,

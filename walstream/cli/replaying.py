@@ -28,9 +28,11 @@ def replay(  # noqa: PLR0913 - one for each option
     dsn: Dsn = None,
     *,
     to: Annotated[
-        str,
-        typer.Option(metavar="HANDLER_OR_SINK", help="Where to: a handler or a sink, by its name."),
-    ],
+        str | None,
+        typer.Option(
+            metavar="HANDLER_OR_SINK", help="Where to: a handler or a sink, by its name. Needed."
+        ),
+    ] = None,
     since: Annotated[
         str | None,
         typer.Option(
@@ -111,6 +113,8 @@ def replay(  # noqa: PLR0913 - one for each option
     SIGTERM finishes what is being delivered, and the summary tells where to go on from; a second
     one exits at once.
     """
+    if to is None:
+        raise UsageError("replay to whom?", hint="--to names a handler or a sink")
     settings = load_config(config, dsn)
     logs.configure(settings.log.level, settings.log.format)
     begin, asked = _begin(since, from_beginning=from_beginning)

@@ -10,7 +10,7 @@ that it can be filtered and printed after a restart without asking a database.
 from __future__ import annotations
 
 from walstream.journal.attachments import Attachment
-from walstream.journal.file import JournalTrimmed, State, lock_path
+from walstream.journal.file import JournalTrimmed, State, lock_path, sizes
 from walstream.journal.journal import Journal
 from walstream.journal.reader import JournalReader, JournalStatus
 from walstream.journal.trimming import trim
@@ -23,5 +23,6 @@ __all__ = [
     "JournalTrimmed",
     "State",
     "lock_path",
+    "sizes",
     "trim",
 ]

@@ -392,9 +392,15 @@ def used_pages(connection: sqlite3.Connection) -> int:
     return pragma(connection, "page_count") - pragma(connection, "freelist_count")
 
 
-def release(connection: sqlite3.Connection, pages: int) -> None:
-    """Give so many free pages back to the file system; others move into their places."""
+def release(connection: sqlite3.Connection, pages: int) -> bool:
+    """Give so many free pages back to the file system; others move into their places.
+
+    Returns:
+        Whether there were any.
+    """
+    before = pragma(connection, "page_count")
     connection.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+    return pragma(connection, "page_count") < before
 
 
 def checkpoint(connection: sqlite3.Connection) -> bool:

@@ -82,6 +82,8 @@ def _remove(connection: sqlite3.Connection, last_of: _Last) -> None:
 
 def _give_back(connection: sqlite3.Connection) -> None:
     """Give free pages to the file system; what a reader still needs comes later."""
-    while file.pragma(connection, "freelist_count"):
-        file.release(connection, _STEP_PAGES)
+    is_done = False
+    while not is_done:
+        with file.transaction(connection):
+            is_done = not file.release(connection, _STEP_PAGES)
     file.checkpoint(connection)

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -224,9 +225,9 @@ class Writer:
         connection = self._opened
         limit = self._bounds.pages_for(0)
         while file.pragma(connection, "page_count") > limit:
-            if not file.pragma(connection, "freelist_count"):
-                break
-            file.release(connection, _RELEASED_PAGES)
+            with file.transaction(connection):
+                if not file.release(connection, _RELEASED_PAGES):
+                    break
         self._measure()
         if self.sizes.total_bytes > self._bounds.max_bytes:
             self._empty_wal()
@@ -417,8 +418,11 @@ class Writer:
                 if state != self.state:
                     file.save_state(connection, state)
                 front = _front(connection, state)
-        except BaseException:
+        except BaseException as error:
             self._layouts.clear()  # one may have got its number in it
+            if isinstance(error, sqlite3.Error):
+                with suppress(sqlite3.Error):  # what -wal takes may be the room that is missing
+                    file.checkpoint(connection)
             raise
         self.state, self.front = state, front
         self.failure = ""

@@ -559,6 +559,7 @@ function applyFilter() {
   const ago = Number(form.elements.since.value);
   if (ago) query.set("since", new Date(Date.now() - ago * 1000).toISOString());
   feed.clear();
+  feed.list.classList.toggle("one-table", !/[*]/.test(query.get("table"))); // said above, not in each line
   link.goal = null;
   stream.begin(query.toString());
 }
