@@ -98,8 +98,7 @@ def drop_slot(connection: psycopg.Connection, name: str) -> None:
         [name],
     )
     connection.execute(
-        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
-        " WHERE slot_name = %s",
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
         [name],
     )
 

@@ -23,6 +23,7 @@ from walstream.config import (
     WebhookSinkConfig,
 )
 from walstream.config.live import LiveSinkConfig
+from walstream.connection import SystemIdentity
 from walstream.dead_letters import DeadLetterStore, make_store
 from walstream.delivery import Delivery, Limits
 from walstream.destinations import Destination, Handler, Sink, since_of
@@ -100,10 +101,11 @@ class Assembly:
         """List the routes that lead to it."""
         return [route for route in self.router.routes if route.destination is self.live]
 
-    def live_history(self, systemid: str) -> str:
+    def live_history(self, identity: SystemIdentity) -> str:
         """Say under which rules changes are kept for clients (`history_of`)."""
         config = self._config
-        return history_of(systemid, config.slot.name, self.live_routes(), config.masking.secret())
+        origin = f"{identity.systemid}/{identity.timeline}/{config.slot.name}"
+        return history_of(origin, self.live_routes(), config.masking.secret())
 
     def _sink_again(
         self, name: str, config: SinkConfig, before: Assembly | None

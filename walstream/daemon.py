@@ -27,6 +27,7 @@ from walstream.binding import Binding
 from walstream.catch_up import CatchUp, verify_attached, with_history
 from walstream.changes import Relation
 from walstream.config import Config, RouteSpec
+from walstream.connection import SystemIdentity
 from walstream.decoder import Decoder
 from walstream.delivery import Delivery
 from walstream.destinations import Sink
@@ -165,7 +166,7 @@ class Daemon:
         self._lag = Lag(time.time())
         self._letters: int | None = None
         self._sinks_are_open = False
-        self._systemid = ""
+        self._identity: SystemIdentity | None = None
         self._live_history = ""
         self._is_covered = True
         self._server_lsn = ZERO
@@ -634,11 +635,11 @@ class Daemon:
             )
 
     async def _begin_live(self, started: Started) -> None:
-        self._systemid = started.identity.systemid
+        self._identity = started.identity
         live = self._assembly.live
         if live is not None:
             live.hub.routes = self._assembly.live_routes()
-            self._live_history = self._assembly.live_history(self._systemid)
+            self._live_history = self._assembly.live_history(self._identity)
             try:
                 await live.begin(started.confirmed, self._live_history)
             except SinkFailed as failure:  # a full disk, say: tried again with the connection
@@ -652,7 +653,7 @@ class Daemon:
         slot = self._config.slot.name
         self._catching_up = CatchUp(
             journal,
-            f"{self._systemid}/{slot}",
+            f"{started.identity.systemid}/{slot}",
             routes,
             self._catalog,
             self._delivery,
@@ -697,10 +698,10 @@ class Daemon:
         Only while it streams: otherwise the next session does it.
         """
         live = self._assembly.live
-        if live is None or self._session is None:
+        if live is None or self._session is None or self._identity is None:
             return
         live.hub.routes = self._assembly.live_routes()
-        history = self._assembly.live_history(self._systemid)
+        history = self._assembly.live_history(self._identity)
         if history != self._live_history or not live.hub.has_begun:
             self._live_history = history
             try:

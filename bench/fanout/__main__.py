@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--events", type=_count, default=20_000, help="in a round, where filters differ"
     )
     parser.add_argument(
-        "--shared-events", type=_count, default=1_000_000, help="in a round, where all get all"
+        "--shared-events", type=_count, default=5_000_000, help="in a round, where all get all"
     )
     parser.add_argument(
         "--transaction-rows",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from walstream.changes import Change
-from walstream.errors import SinkFailed
-from walstream.journal import file
 from walstream.journal.attachments import Attachment
 from walstream.journal.blocks import time_of
 from walstream.journal.file import JournalTrimmed
@@ -178,11 +175,4 @@ class Journal:
         await self._call(self._writer.attach, stream, route, attachment)
 
     async def _call(self, function: Callable[..., T], *arguments: object) -> T:
-        try:
-            return await self._worker.call(function, *arguments)
-        except (sqlite3.Error, OSError) as error:
-            self._writer.failure = file.reason_of(error, self.path).word
-            raise file.failed(error, self.path) from error
-        except SinkFailed as failure:
-            self._writer.failure = failure.message
-            raise
+        return await self._worker.call(self._writer.attempt, function, *arguments)

@@ -139,7 +139,7 @@ class _Blocks:
         self._path = path
         self._connection: sqlite3.Connection | None = None
         self._pieces: OrderedDict[int, Piece] = OrderedDict()
-        self._room = cache_bytes
+        self._cache_bytes = self._room = cache_bytes
         self._layouts: dict[int, Layout] = {}
         self._shapes = Shapes()
 
@@ -260,7 +260,7 @@ class _Blocks:
         if not rows:
             raise ValueError("a block is missing")
         piece = decoded(rows[0][0], self._layout)
-        if piece.size_bytes <= self._room + sum(one.size_bytes for one in self._pieces.values()):
+        if piece.size_bytes <= self._cache_bytes:
             self._keep(number, piece)
         return piece
 

@@ -11,11 +11,11 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -29,6 +29,8 @@ from walstream.journal.layouts import definition_of, own_types
 from walstream.lsn import Lsn
 from walstream.positions import Position
 from walstream.values import PgType
+
+T = TypeVar("T")
 
 _SLACK_PART: Final = 256
 """When there is no room, this part of all is made at once: deleting costs less then."""
@@ -116,6 +118,21 @@ class Writer:
         self._layouts: dict[Layout, _Known] = {}
         self._is_unfinished = False
         self._reserved = 0
+
+    def attempt(self, work: Callable[..., T], *arguments: object) -> T:
+        """Call one of the methods, and note why it has failed.
+
+        Raises:
+            SinkFailed: it could not be done now.
+        """
+        try:
+            return work(*arguments)
+        except (sqlite3.Error, OSError) as error:
+            raise self._failed(error) from error
+        except SinkFailed as failure:
+            if failure.__cause__ is None:  # otherwise it is noted
+                self.failure = failure.message
+            raise
 
     def open(self, history: str) -> None:
         """Take the lock, open the file, and begin anew when it was kept under other rules.
@@ -420,17 +437,26 @@ class Writer:
                 front = _front(connection, state)
         except BaseException as error:
             self._layouts.clear()  # one may have got its number in it
-            if isinstance(error, sqlite3.Error):
-                with suppress(sqlite3.Error):  # what -wal takes may be the room that is missing
-                    file.checkpoint(connection)
-            raise
+            if not isinstance(error, sqlite3.Error):
+                raise
+            failure = self._failed(error)
+            with suppress(sqlite3.Error):  # what -wal takes may be the room that is missing
+                file.checkpoint(connection)
+            raise failure from error
         self.state, self.front = state, front
         self.failure = ""
         self._measure()
 
+    def _failed(self, error: Exception) -> SinkFailed:
+        self.failure = file.reason_of(error, self.path).word
+        return file.failed(error, self.path)
+
     def _reload(self, connection: sqlite3.Connection) -> None:
         self._seen = file.other_changes(connection)
-        self.state = file.load_state(connection)
+        try:
+            self.state = file.load_state(connection)
+        except ValueError as error:
+            raise self._failed(error) from error
         rows = connection.execute(_NEWEST, [self.state.next_block]).fetchall()
         self.newest_time = rows[0][0] if rows else None
 

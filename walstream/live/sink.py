@@ -62,8 +62,11 @@ class LiveSink:
         await self.hub.history.close()
 
 
-def history_of(systemid: str, slot: str, routes: Sequence[Route], masking_key: bytes | None) -> str:
+def history_of(origin: str, routes: Sequence[Route], masking_key: bytes | None) -> str:
     """Say under which rules changes are kept: others must not be mixed with them.
+
+    ``origin`` is cluster, timeline and slot. What was received of a timeline that was left behind
+    may never have happened on the new one, and positions mean something else there.
 
     A column that is masked from now on would otherwise be read, as it was, from what is kept.
     """
@@ -80,7 +83,7 @@ def history_of(systemid: str, slot: str, routes: Sequence[Route], masking_key: b
         for route in routes
     ]
     key = hashlib.sha256(masking_key or b"").hexdigest()
-    text = msgspec.json.encode((systemid, slot, rules, key))
+    text = msgspec.json.encode((origin, rules, key))
     return hashlib.sha256(text).hexdigest()
 
 
