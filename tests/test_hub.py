@@ -441,3 +441,18 @@ def test_a_time_before_all_that_is_kept_is_not_known() -> None:
 
     first, second = Position(Lsn(10), 1), Position(Lsn(11), 1)
     assert asyncio.run(ask()) == [None, None, None, first, first, second]
+
+
+async def test_the_first_subscription_that_keeps_a_change_counts() -> None:
+    """Also when it is found by a value, and a later one is not."""
+    scenario = Scenario(10)
+    await scenario.sink.begin(Lsn(1), "rules")
+    pattern = TablePattern.parse("public.one")
+    first = Subscription(pattern, where=_where("owner=eq.x"), columns=frozenset({"id"}))
+    scenario.come(ALL, [first, Subscription(pattern)], 0)
+    await scenario.settle()
+    await scenario.publish(inserts(1))
+    client, sent, after, _ = scenario.clients[0]
+    verify(client, sent, scenario.published, after)
+    assert [json.loads(line)["row"] for line in sent.lines] == [{"id": 0}]
+    client.finish(End.LEFT)

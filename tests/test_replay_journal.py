@@ -215,8 +215,8 @@ async def test_it_goes_through_batches_and_lanes(
 async def test_whole_transactions_stay_whole(
     make_stream: MakeStream, orders: Database, book: Book
 ) -> None:
-    """Also when the ids that are asked for are in the middle of one."""
-    stream = make_stream()
+    """Also when the ids that are asked for are in the middle of one, or little may be in flight."""
+    stream = make_stream(stream={"max_in_flight_changes": 100})
     for first in (1, 1301, 1311):
         last = 1300 if first == 1 else first + 9
         orders.execute(f"INSERT INTO orders SELECT n FROM generate_series({first}, {last}) n")

@@ -22,12 +22,12 @@ import structlog
 from walstream.access.gate import Gate
 from walstream.acknowledger import Acknowledger
 from walstream.assembly import Assembly, Attached, needs_everything
+from walstream.audience import Audience
 from walstream.backoff import Backoff
 from walstream.binding import Binding
 from walstream.catch_up import CatchUp, verify_attached, with_history
 from walstream.changes import Relation
 from walstream.config import Config, RouteSpec
-from walstream.connection import SystemIdentity
 from walstream.decoder import Decoder
 from walstream.delivery import Delivery
 from walstream.destinations import Sink
@@ -38,7 +38,6 @@ from walstream.errors import (
     RoutesChanged,
     ServerFailed,
     ServerShutdown,
-    SinkFailed,
     Unavailable,
     UsageError,
     WalstreamError,
@@ -48,7 +47,6 @@ from walstream.gateway.desk import Desk
 from walstream.gateway.parts import Parts
 from walstream.health import Lag, stalled, stuck_seconds
 from walstream.heartbeat import Heartbeat
-from walstream.journal import Journal
 from walstream.live.hub import Hub
 from walstream.loop_watch import watch_loop
 from walstream.lsn import ZERO, Lsn
@@ -130,6 +128,7 @@ class Daemon:
         _verify_attached(config, self._assembly)
         self._accept_gap = accept_gap
         self._catching_up: CatchUp | None = None
+        self._audience = Audience(self._assembly)
         self._catalog = self._assembly.catalog
         self._parking = self._assembly.parking()
         self._delivery = self._assembly.delivery(self._parking)
@@ -166,9 +165,6 @@ class Daemon:
         self._lag = Lag(time.time())
         self._letters: int | None = None
         self._sinks_are_open = False
-        self._identity: SystemIdentity | None = None
-        self._live_history = ""
-        self._is_covered = True
         self._server_lsn = ZERO
 
     # What others ask and tell
@@ -275,8 +271,7 @@ class Daemon:
 
     def hub(self) -> Hub | None:
         """Return what clients by HTTP read from, if a route leads there."""
-        live = self._assembly.live
-        return None if live is None else live.hub
+        return self._audience.hub
 
     @property
     def parking(self) -> Parking | None:
@@ -317,7 +312,7 @@ class Daemon:
         received_lsn = self.flush_lsn if session is None else session.received_lsn
         if session is not None:
             self._server_lsn = session.server_lsn
-        stream, live, beating = self._config.stream, self._assembly.live, self._heartbeat
+        stream, hub, beating = self._config.stream, self._audience.hub, self._heartbeat
         return Vitals(
             phase=self._phase,
             phase_seconds=now - self._phase_since,
@@ -355,8 +350,8 @@ class Daemon:
             routes=self._routes(),
             destinations=delivery.destinations(),
             heartbeat_seconds=None if beating is None else beating.last_round_trip_seconds,
-            live=None if live is None else live.hub.vitals(),
-            journal=None if live is None else live.hub.history.vitals(),
+            live=None if hub is None else hub.vitals(),
+            journal=None if hub is None else hub.history.vitals(),
         )
 
     def _routes(self) -> tuple[RouteSummary, ...]:
@@ -577,7 +572,7 @@ class Daemon:
             if self._until_now and self._until is None:
                 self._until = started.server.flush_lsn
             await self._open_targets(started)
-            await self._begin_live(started)
+            await self._audience.begin(started.identity, started.confirmed)
             if not await self._catch_up_handlers(started):
                 return
             self._acknowledger = Acknowledger(started.confirmed)
@@ -634,20 +629,9 @@ class Daemon:
                 history=started.history,
             )
 
-    async def _begin_live(self, started: Started) -> None:
-        self._identity = started.identity
-        live = self._assembly.live
-        if live is not None:
-            live.hub.routes = self._assembly.live_routes()
-            self._live_history = self._assembly.live_history(self._identity)
-            try:
-                await live.begin(started.confirmed, self._live_history)
-            except SinkFailed as failure:  # a full disk, say: tried again with the connection
-                raise Unavailable(failure.message, hint=failure.hint) from failure
-
     async def _catch_up_handlers(self, started: Started) -> bool:
         """Give handlers with history what they have not got; False when stopped before the end."""
-        routes, journal = with_history(self.router.routes), self._journal()
+        routes, journal = with_history(self.router.routes), self._audience.journal
         if not routes or journal is None:
             return True
         slot = self._config.slot.name
@@ -668,11 +652,6 @@ class Daemon:
         finally:
             self._catching_up = None
 
-    def _journal(self) -> Journal | None:
-        live = self._assembly.live
-        history = None if live is None else live.hub.history
-        return history if isinstance(history, Journal) else None
-
     async def _keep_slot(self, started: Started) -> None:
         """Show the server that we are alive, although nothing is streamed yet.
 
@@ -692,49 +671,10 @@ class Daemon:
         except WalstreamError as error:
             log.debug("probe_failed", error=error.message)  # the connection shows how it is
 
-    async def _renew_live(self) -> None:
-        """Go on for clients after a reload; under other routes their history begins anew.
-
-        Only while it streams: otherwise the next session does it.
-        """
-        live = self._assembly.live
-        if live is None or self._session is None or self._identity is None:
-            return
-        live.hub.routes = self._assembly.live_routes()
-        history = self._assembly.live_history(self._identity)
-        if history != self._live_history or not live.hub.has_begun:
-            self._live_history = history
-            try:
-                await live.begin(self.flush_lsn, history)
-            except SinkFailed as failure:  # the next session tries it again
-                self._session.stop(because=Unavailable(failure.message, hint=failure.hint))
-
     async def _record(self, flush_lsn: Lsn) -> None:
         """Note, before it is confirmed, that all up to a position is taken."""
-        while not await self._cover(flush_lsn):  # noqa: ASYNC110 - room on a disk
-            await asyncio.sleep(COVER_PAUSE_SECONDS)  # nothing is confirmed meanwhile
+        await self._audience.cover(flush_lsn)
         await self._source.record(flush_lsn)
-
-    async def _cover(self, flush_lsn: Lsn) -> bool:
-        """Note in the journal what is taken; return whether that can be written."""
-        if self._assembly.live is None:
-            return True
-        try:
-            await self._assembly.live.cover(flush_lsn)
-        except SinkFailed as failure:
-            self._tell_not_covered(failure)
-            return False
-        self._is_covered = True
-        return True
-
-    def _tell_not_covered(self, failure: SinkFailed) -> None:
-        if self._is_covered:
-            self._is_covered = False
-            log.error(
-                "journal_not_written",
-                error=failure.message,
-                hint=failure.hint or "nothing is confirmed to the server until it can be",
-            )
 
     def _new_session(self, started: Started) -> Session:
         stream = self._config.stream
@@ -874,7 +814,12 @@ class Daemon:
         delivery.adopt(self._delivery)
         self._delivery.close()
         self._assembly, self._parking, self._delivery = new, parking, delivery
-        await self._renew_live()
+        session = self._session
+        try:
+            await self._audience.reload(new, None if session is None else self.flush_lsn)
+        except Unavailable as reason:  # the next session tries it again
+            if session is not None:
+                session.stop(because=reason)
 
 
 class _Reload(NamedTuple):
@@ -884,9 +829,6 @@ class _Reload(NamedTuple):
     assembly: Assembly
     adopted: asyncio.Future[None]
 
-
-COVER_PAUSE_SECONDS: Final = 1.0
-"""How long a journal that cannot be written is left alone."""
 
 COUNT_SECONDS: Final = 10.0
 """How often the dead letters are counted."""

@@ -322,10 +322,10 @@ class Playback:
             if not self._whole_transactions:
                 self._close(self._fed)
         self.changes += len(changes)
+        self._delivery.hand(handed)  # first: what waits for it may be what makes room
+        await asyncio.sleep(0)
         while self._delivery.is_full and not self._is_stopped:
             await self._delivery.wait_for_change()
-        self._delivery.hand(handed)
-        await asyncio.sleep(0)
 
     def _ticket(self, change: Change) -> Ticket:
         transaction = change.transaction
