@@ -157,8 +157,8 @@ class Vitals(msgspec.Struct, frozen=True):
     ``stalled_seconds`` is how long changes have not got through although there is work, and
     ``stalled_because`` says what holds them up; 0 and nothing when all is well. ``lag_seconds`` is
     the age of the oldest committed change that is not acknowledged, as far as it is known.
-    ``heartbeat_seconds`` is how long the last heartbeat was under way, from here to the server's WAL
-    and back; None without heartbeats, and before the first.
+    ``heartbeat_seconds`` is how long the last heartbeat was under way, from here to the server's
+    WAL and back; None without heartbeats, and before the first.
     ``is_ready`` says that changes get through, ``is_alive`` that a restart would not help.
     """
 

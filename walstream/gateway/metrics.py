@@ -334,6 +334,12 @@ def _connections(vitals: Vitals) -> Iterator[Metric]:
         ["outcome"],
         [(("applied",), vitals.reloads), (("refused",), vitals.reloads_refused)],
     )
+    yield _gauge(
+        vitals,
+        "walstream_heartbeat_round_trip_seconds",
+        "How long the last heartbeat was under way through the server's WAL",
+        vitals.heartbeat_seconds,
+    )
 
 
 def _live(live: LiveVitals, vitals: Vitals) -> Iterator[Metric]:
@@ -359,12 +365,6 @@ def _live(live: LiveVitals, vitals: Vitals) -> Iterator[Metric]:
         "Streams of clients that have ended, by why",
         ["reason"],
         [((reason,), count) for reason, count in live.ended.items()],
-    )
-    yield _gauge(
-        vitals,
-        "walstream_heartbeat_round_trip_seconds",
-        "How long the last heartbeat was under way through the server's WAL",
-        vitals.heartbeat_seconds,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -217,7 +218,7 @@ class _Tries:
             self._outages += 1
             self.note = "its database cannot be used"
             return policy.backoff.pause_seconds(self._outages)
-        self.note = f"{self.count} of {policy.attempts} attempts failed"
+        self.note = f"{self.count}{_of_how_many(policy)} attempts failed"
         if is_final:
             return None
         return policy.pause_seconds(self.count, error, time.monotonic() - self._since)
@@ -227,4 +228,9 @@ class _Tries:
         if self._is_outage:
             self._since = time.monotonic()
         self.count += 1
-        self.note = f"attempt {self.count} of {self._policy.attempts}"
+        self.note = f"attempt {self.count}{_of_how_many(self._policy)}"
+
+
+def _of_how_many(policy: FailurePolicy) -> str:
+    """Say how many there may be, unless it is tried without end, as for clients by HTTP."""
+    return "" if policy.attempts == sys.maxsize else f" of {policy.attempts}"
