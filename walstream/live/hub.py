@@ -68,6 +68,7 @@ class Hub:
         self.sent_changes = 0
         self.published_changes = 0
         self._catalog = catalog
+        self._clients: dict[Client, None] = {}
         self._cohorts: dict[Hashable, Cohort] = {}
         self._indexes: dict[Layout, _Index] = {}
         self._literals: dict[Literal, str] = {}
@@ -77,13 +78,17 @@ class Hub:
 
     @property
     def clients(self) -> list[Client]:
-        """Those who are joined."""
-        return [client for cohort in self._cohorts.values() for client in cohort.clients]
+        """All who are served, those among them who still read what they missed."""
+        return list(self._clients)
 
     @property
     def client_count(self) -> int:
-        """How many are joined."""
-        return sum(len(cohort.clients) for cohort in self._cohorts.values())
+        """How many they are, without those that are cut off and have not noticed it."""
+        return sum(not client.has_ended() for client in self._clients)
+
+    def enter(self, client: Client) -> None:
+        """A client begins to be served; `leave` ends that."""
+        self._clients[client] = None
 
     def vitals(self) -> LiveVitals:
         """Say how many there are, and what they got."""
@@ -130,6 +135,7 @@ class Hub:
 
     def leave(self, client: Client) -> None:
         """Let a client go; it need not have joined."""
+        self._clients.pop(client, None)
         if client.end is not None:
             self.ended[client.end] += 1
         cohort = client.cohort

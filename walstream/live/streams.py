@@ -44,6 +44,7 @@ async def serve(hub: Hub, client: Client, begin: Position | None, heartbeat_seco
         heartbeat_seconds: after so long it gets a sign of life.
     """
     encoding, outflow = client.cohort.encoding, client.outflow
+    hub.enter(client)
     try:
         if begin is None:
             outflow.write(hub.reset_note(encoding, "trimmed"))
@@ -53,7 +54,10 @@ async def serve(hub: Hub, client: Client, begin: Position | None, heartbeat_seco
         await _replay(hub, client, begin)
         await _live(hub, client, heartbeat_seconds)
         if client.end is not End.LEFT:
-            outflow.write(encoding.note("end", {"reason": client.end}, None))
+            # Who was not cut off for its slowness has got all up to here, and goes on from here.
+            is_complete = client in client.cohort.clients and client.end is not End.SLOW
+            position = hub.position if is_complete else None
+            outflow.write(encoding.note("end", {"reason": client.end}, position))
     finally:
         hub.leave(client)
 
