@@ -125,3 +125,13 @@ def test_lines_can_be_read_as_a_page(service: LiveService, database: Database) -
     assert len([line for line in lines if '"operation":"insert"' in line]) == 3
     gone = httpx.get(url, params={**parameters, "since": "0/1"})
     assert gone.status_code == 410
+
+
+def test_a_filter_asks_the_server_for_few_values(service: LiveService, database: Database) -> None:
+    """The stream asks it by the same connection."""
+    database.execute("CREATE TABLE hosts (id int PRIMARY KEY, address inet)")
+    addresses = ",".join(f"10.0.0.{number}" for number in range(101))
+    parameters = {"table": "public.hosts", "where": f"address=in.({addresses})"}
+    refused = httpx.get(f"{service.url}/changes", params=parameters)
+    assert refused.status_code == 400
+    assert "100 values" in refused.json()["error"]

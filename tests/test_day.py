@@ -119,7 +119,8 @@ max_bytes = {JOURNAL_BYTES}
         bounds = range(0, CHANGES + 1, TRANSACTION_ROWS)
         for first, last in pairwise(bounds):
             database.execute(
-                "INSERT INTO events SELECT n, 'note ' || n FROM generate_series(%s::int, %s::int) n",
+                "INSERT INTO events SELECT n, md5(n::text) || md5((n + 1)::text)"
+                " FROM generate_series(%s::int, %s::int) n",
                 first + 1,
                 last,
             )

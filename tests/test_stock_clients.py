@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from abc import ABC, abstractmethod
@@ -147,17 +148,26 @@ class Curl(_Program):
 class HttpxSse(StockClient):
     """httpx-sse, as its README has it."""
 
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._socket: socket.socket | None = None
+
     def connection(self) -> Iterator[Event]:
         headers = {"Last-Event-ID": self.last_id} if self.last_id else {}
         with (
             httpx.Client(timeout=5, trust_env=False) as client,
             httpx_sse.connect_sse(client, "GET", self.url, headers=headers) as source,
         ):
+            self._socket = source.response.extensions["network_stream"].get_extra_info("socket")
+            if self._stopped.is_set():
+                return
             for one in source.iter_sse():
                 yield Event(one.event, one.id, one.data)
 
     def stop(self) -> None:
-        """The next heartbeat ends it."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # it may have ended by itself
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class NodeEventSource(_Program):

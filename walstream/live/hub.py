@@ -45,6 +45,9 @@ SLICE_BYTES: Final = 1 << 16
 
 MAX_LAYOUTS: Final = 512
 MAX_LITERALS: Final = 20_000
+MAX_ASKED: Final = 100
+"""Values of one filter that the server is asked about: the stream asks by the same connection."""
+
 TABLE_SECONDS: Final = 10.0
 """So long an answer of the catalog is good for those who subscribe."""
 
@@ -418,7 +421,11 @@ class Hub:
         self._check_columns(subscription, sight, layout)
         await self._catalog.learn_types(layout.columns.values())
         await self._check_condition(sight, layout)
-        await self._normalise(literals_of(subscription, sight, layout), layout)
+        asked = literals_of(subscription, sight, layout)
+        if sum(read_offline(literal, layout.types) is None for literal in asked) > MAX_ASKED:
+            message = f"where: more than {MAX_ASKED} values that only the server can read"
+            raise RequestRefused(400, message, hint="write them as the server prints them")
+        await self._normalise(asked, layout)
 
     async def _check_condition(self, sight: Sight, layout: Layout) -> None:
         """Refuse when the role's own condition does not fit; it may name what is hidden."""
