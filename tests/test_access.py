@@ -24,7 +24,7 @@ from rich.pretty import pretty_repr
 from structlog.testing import capture_logs
 
 from tests.postgres import async_wait_until
-from walstream.access import AccessRefused, Gate, Reader, Sight
+from walstream.access import Gate, Reader, ReaderRefused, Sight
 from walstream.access.jwks import MAX_BYTES, OLD_SECONDS, PAUSE_SECONDS, RETRY_SECONDS, Jwks
 from walstream.access.keys import key_set, public_key, secret_key
 from walstream.changes import Layout, Relation
@@ -112,10 +112,10 @@ def configured(**content: Any) -> AccessConfig:
     return AccessConfig(**{"roles": {"viewer": VIEWER}} | content)
 
 
-async def refused(token: str | None, **content: Any) -> AccessRefused:
+async def refused(token: str | None, **content: Any) -> ReaderRefused:
     gate = Gate(configured(**content))
     try:
-        with pytest.raises(AccessRefused) as caught:
+        with pytest.raises(ReaderRefused) as caught:
             await gate.admit(token)
     finally:
         await gate.close()
@@ -354,7 +354,7 @@ def test_whatever_is_signed_is_admitted_or_refused(payload: dict[str, Any]) -> N
     gate = Gate(configured(audience="web", issuer="us"))
     try:
         reader = asyncio.run(gate.admit(by_hand({"alg": "HS256"}, payload)))
-    except AccessRefused:
+    except ReaderRefused:
         return
     assert reader.expires_at is not None
 
@@ -518,7 +518,7 @@ class Provider:
         """200 if there is such a key, otherwise the status of the refusal."""
         try:
             await self.set.key(algorithm, kid)
-        except AccessRefused as error:
+        except ReaderRefused as error:
             return error.status
         return 200
 
@@ -743,7 +743,7 @@ async def test_a_file_of_keys_may_be_replaced(tmp_path: Path) -> None:
 
 async def test_nobody_is_let_in_unless_it_is_configured() -> None:
     for token in (None, signed()):
-        with pytest.raises(AccessRefused) as caught:
+        with pytest.raises(ReaderRefused) as caught:
             await Gate(AccessConfig()).admit(token)
         assert caught.value.status == 401
         assert "[access]" in caught.value.hint
@@ -760,11 +760,11 @@ async def test_without_a_token_there_is_the_anonymous_role_if_it_is_given() -> N
     gate = Gate(configured(roles=roles, anonymous_role="guest"))
     reader = await gate.admit(None)
     assert (reader.role, reader.claims, reader.expires_at) == ("guest", {}, None)
-    with pytest.raises(AccessRefused):
+    with pytest.raises(ReaderRefused):
         await gate.admit(signed(exp=NOW - 60))  # a token that is bad is not as good as none
     only_anonymous = Gate(AccessConfig.model_validate({"roles": roles, "anonymous_role": "guest"}))
     assert (await only_anonymous.admit(None)).role == "guest"
-    with pytest.raises(AccessRefused, match="tokens are not taken here"):
+    with pytest.raises(ReaderRefused, match="tokens are not taken here"):
         await only_anonymous.admit(signed())
 
 

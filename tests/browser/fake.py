@@ -24,7 +24,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tests import vitals
-from walstream.access import AccessRefused, Reader
+from walstream.access import Reader, ReaderRefused
 from walstream.changes import Operation, Relation
 from walstream.dead_letters import DeadLetter, LetterQuery, StoredLetter
 from walstream.gateway.answers import refusing
@@ -47,9 +47,9 @@ class FakeGate:
 
     async def admit(self, token: str | None) -> Reader:
         if token not in (OPERATOR, VISITOR):
-            raise AccessRefused(401, "a token is needed", hint="send Authorization: Bearer")
+            raise ReaderRefused(401, "a token is needed", hint="send Authorization: Bearer")
         if self.expired:
-            raise AccessRefused(401, "the token has expired", hint="get a new one")
+            raise ReaderRefused(401, "the token has expired", hint="get a new one")
         may = token == OPERATOR
         return Reader(
             "admin" if may else "visitor",

@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from walstream.access.gate import Gate
 from walstream.access.readers import Grant, Reader, Sight
-from walstream.access.refusals import AccessRefused
+from walstream.access.refusals import ReaderRefused
 
-__all__ = ["AccessRefused", "Gate", "Grant", "Reader", "Sight"]
+__all__ = ["Gate", "Grant", "Reader", "ReaderRefused", "Sight"]

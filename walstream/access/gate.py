@@ -57,7 +57,7 @@ class Gate:
         """Return who it is that has this token, or none.
 
         Raises:
-            AccessRefused: 401, it is not known who it is; 403, they may not read; 503, the keys
+            ReaderRefused: 401, it is not known who it is; 403, they may not read; 503, the keys
                 that would tell cannot be had now.
         """
         if token is None:

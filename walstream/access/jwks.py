@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from walstream.access.keys import Key, key_set
-from walstream.access.refusals import UNAVAILABLE, AccessRefused, unknown
+from walstream.access.refusals import UNAVAILABLE, ReaderRefused, unknown
 from walstream.worker import Worker
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.access")
@@ -70,7 +70,7 @@ class Jwks:
         """Return the key that a token names; one that names none is for the only key there is.
 
         Raises:
-            AccessRefused: 401, there is no such key; 503, the set cannot be read now.
+            ReaderRefused: 401, there is no such key; 503, the set cannot be read now.
         """
         if self._keys is not None and self._clock() - self._read_at > OLD_SECONDS:
             self._read_soon()
@@ -83,7 +83,7 @@ class Jwks:
         if found is not None:
             return found
         if self._failure or self._keys is None:
-            raise AccessRefused(
+            raise ReaderRefused(
                 UNAVAILABLE,
                 "the keys that tokens are verified with cannot be read now",
                 hint="try again in some seconds",

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from walstream.access.refusals import AccessRefused
+from walstream.access.refusals import ReaderRefused
 from walstream.config.access import SECRET_BYTES
 from walstream.errors import SetupError
 
@@ -47,7 +47,7 @@ class Keys(Protocol):
         """Return the key for a token.
 
         Raises:
-            AccessRefused: there is none, or it cannot be had now.
+            ReaderRefused: there is none, or it cannot be had now.
         """
         ...
 
@@ -72,9 +72,9 @@ class OneKey:
         """Do nothing."""
 
 
-def wrong_algorithm() -> AccessRefused:
+def wrong_algorithm() -> ReaderRefused:
     """The token is signed in a way that is not allowed here, if it is signed at all."""
-    return AccessRefused(401, "the token is signed by an algorithm that is not allowed here")
+    return ReaderRefused(401, "the token is signed by an algorithm that is not allowed here")
 
 
 def secret_key(secret: bytes) -> Key:

@@ -9,7 +9,7 @@ FORBIDDEN: Final = 403
 UNAVAILABLE: Final = 503
 
 
-class AccessRefused(Exception):
+class ReaderRefused(Exception):
     """Somebody is not let in, or not to that.
 
     ``status`` is the one of HTTP: 401 when it is not known who asks, 403 when it is and they may
@@ -24,11 +24,11 @@ class AccessRefused(Exception):
         self.hint = hint
 
 
-def unknown(reason: str, *, hint: str = "") -> AccessRefused:
+def unknown(reason: str, *, hint: str = "") -> ReaderRefused:
     """It is not known who asks."""
-    return AccessRefused(UNAUTHORIZED, reason, hint=hint)
+    return ReaderRefused(UNAUTHORIZED, reason, hint=hint)
 
 
-def forbidden(reason: str, *, hint: str = "") -> AccessRefused:
+def forbidden(reason: str, *, hint: str = "") -> ReaderRefused:
     """It is known who asks, and they may not."""
-    return AccessRefused(FORBIDDEN, reason, hint=hint)
+    return ReaderRefused(FORBIDDEN, reason, hint=hint)

@@ -83,7 +83,7 @@ class Roles:
         """Make a reader.
 
         Raises:
-            AccessRefused: there is no such role, or a claim that its conditions need is missing, or
+            ReaderRefused: there is no such role, or a claim that its conditions need is missing, or
                 cannot be compared with.
         """
         section = self._config.roles.get(role)

@@ -48,7 +48,7 @@ class Verifier:
         """Return what a token says.
 
         Raises:
-            AccessRefused: 401, it is not to be believed; 503, its key cannot be had now.
+            ReaderRefused: 401, it is not to be believed; 503, its key cannot be had now.
         """
         if len(token) > self._config.max_token_bytes:
             raise unknown(f"the token is longer than {self._config.max_token_bytes} bytes")
@@ -111,7 +111,7 @@ def _header(token: str) -> Mapping[str, Any]:
     """Read the header; a name that comes twice is refused, for another reader may take the other.
 
     Raises:
-        AccessRefused: there is none.
+        ReaderRefused: there is none.
     """
     segments = token.split(".")
     if not token.isascii() or len(segments) != 3:  # noqa: PLR2004 - header, claims, signature

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import msgspec
 import typer
 
-from walstream.access import AccessRefused, Gate
+from walstream.access import Gate, ReaderRefused
 from walstream.access.keys import pyjwt
 from walstream.cli.options import ConfigFile, load_config
 from walstream.config import Config
@@ -115,7 +115,7 @@ async def _verify(settings: Config, made: str) -> None:
     gate = Gate(settings.access, masking_key=settings.masking.secret())
     try:
         await gate.admit(made)
-    except AccessRefused as refused:
+    except ReaderRefused as refused:
         raise UsageError(
             f"with these claims the token would be refused: {refused.reason}",
             hint="give the claim by --claim NAME=TEXT; exp cannot be one",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -22,37 +22,15 @@ from walstream.errors import ConfigError, FilterError
 from walstream.placeholders import ClaimPath, RowCondition
 from walstream.router import TablePattern
 
-AlgorithmName: TypeAlias = Literal[
-    "HS256",
-    "HS384",
-    "HS512",
-    "RS256",
-    "RS384",
-    "RS512",
-    "PS256",
-    "PS384",
-    "PS512",
-    "ES256",
-    "ES384",
-    "ES512",
-    "EdDSA",
+PublicKeyAlgorithm: TypeAlias = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
 ]
+AlgorithmName: TypeAlias = Literal["HS256", "HS384", "HS512", PublicKeyAlgorithm]
 
 SECRET_BYTES: Final[Mapping[str, int]] = {"HS256": 32, "HS384": 48, "HS512": 64}
 """How long a secret has to be: as the hash (RFC 7518, 3.2)."""
 
-PUBLIC_KEY_ALGORITHMS: Final[tuple[AlgorithmName, ...]] = (
-    "RS256",
-    "RS384",
-    "RS512",
-    "PS256",
-    "PS384",
-    "PS512",
-    "ES256",
-    "ES384",
-    "ES512",
-    "EdDSA",
-)
+PUBLIC_KEY_ALGORITHMS: Final[tuple[AlgorithmName, ...]] = get_args(PublicKeyAlgorithm)
 
 _KEYS: Final = ("secret", "secret_file", "jwks_url", "jwks_file", "public_key_file")
 _SECRETS: Final = ("secret", "secret_file")

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from walstream.access import Reader
-from walstream.access.refusals import FORBIDDEN, UNAUTHORIZED, UNAVAILABLE, AccessRefused
+from walstream.access.refusals import FORBIDDEN, UNAUTHORIZED, UNAVAILABLE, ReaderRefused
 from walstream.gateway.tokens import token_of
 
 NO_STORE: Final = {"Cache-Control": "no-store"}
@@ -24,7 +24,7 @@ class Admits(Protocol):
         """Return the reader.
 
         Raises:
-            AccessRefused: nobody, or nobody who is let in.
+            ReaderRefused: nobody, or nobody who is let in.
         """
 
 
@@ -32,15 +32,15 @@ async def reader_of(request: Request, gate: Admits) -> Reader:
     """Return who asks.
 
     Raises:
-        AccessRefused: that is not known.
+        ReaderRefused: that is not known.
     """
     return await gate.admit(token_of(request.scope))
 
 
-def forbidden(reader: Reader, right: str, key: str) -> AccessRefused:
+def forbidden(reader: Reader, right: str, key: str) -> ReaderRefused:
     """Say that a role lacks a right, and where it is given."""
     reason = f"the role {reader.role!r} may not {right}"
-    return AccessRefused(FORBIDDEN, reason, hint=f"{key} = true under [access.roles.{reader.role}]")
+    return ReaderRefused(FORBIDDEN, reason, hint=f"{key} = true under [access.roles.{reader.role}]")
 
 
 def refusing(answering: Answering) -> Answering:
@@ -49,7 +49,7 @@ def refusing(answering: Answering) -> Answering:
     async def answer(request: Request) -> Response:
         try:
             return await answering(request)
-        except AccessRefused as error:
+        except ReaderRefused as error:
             return refused(error.status, error.reason, error.hint)
 
     return answer

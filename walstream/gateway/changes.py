@@ -15,14 +15,15 @@ from typing import Final, NamedTuple
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from walstream.access.gate import Gate
 from walstream.access.readers import Reader
-from walstream.access.refusals import AccessRefused
+from walstream.access.refusals import UNAVAILABLE, ReaderRefused
 from walstream.config.live import LiveConfig
+from walstream.gateway.answers import NO_STORE, refused
 from walstream.gateway.streams import Stream, open_stream
 from walstream.gateway.tokens import token_of
 from walstream.live.clients import Client, Cohort, End
@@ -35,7 +36,6 @@ from walstream.positions import Position
 _PARAMETERS: Final = (*KEYS, "since", "token")
 _LINES_PARAMETERS: Final = (*_PARAMETERS, "until")
 _EVENTS: Final = SERVER_SENT_EVENTS.media_type
-_NO_STORE: Final = {"cache-control": "no-store"}
 
 
 def changes_routes(hub: Callable[[], Hub | None], gate: Gate, options: LiveConfig) -> list[Route]:
@@ -81,24 +81,24 @@ class _Changes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             wish = await self._wish(scope)
-        except RequestRefused as refused:
-            await self._refuse(refused, scope)(scope, receive, send)
+        except RequestRefused as error:
+            await self._refuse(error, scope)(scope, receive, send)
             return
-        except AccessRefused as refused:
-            answer = RequestRefused(refused.status, refused.reason, hint=refused.hint)
+        except ReaderRefused as error:
+            answer = RequestRefused(error.status, error.reason, hint=error.hint)
             await self._refuse(answer, scope)(scope, receive, send)
             return
         await self._answer(wish, scope, receive, send)
 
-    def _refuse(self, refused: RequestRefused, scope: Scope) -> Response:
+    def _refuse(self, error: RequestRefused, scope: Scope) -> Response:
         accepted = Headers(scope=scope).get("accept", "")
         is_event_source = self._encoding is SERVER_SENT_EVENTS and _EVENTS in accepted
-        if refused.status != 503 or not is_event_source:  # noqa: PLR2004 - Service Unavailable
-            return _refuse(refused)
+        if error.status != UNAVAILABLE or not is_event_source:
+            return refused(error.status, error.message, error.hint)
         # An EventSource comes back to a stream that has ended, and never to another status than 200
         # (WHATWG HTML, 9.2.2).
         content = self._retry() + self._encoding.note("end", {"reason": "unavailable"}, None)
-        return Response(content, media_type=self._encoding.media_type, headers=_NO_STORE)
+        return Response(content, media_type=self._encoding.media_type, headers=NO_STORE)
 
     def _retry(self) -> bytes:
         if self._encoding is not SERVER_SENT_EVENTS:
@@ -201,13 +201,3 @@ async def _until_left(outflow: Stream, client: Client) -> None:
     """Wait for the client to leave, or for the server to cut it."""
     await outflow.ended()
     client.finish(End.LEFT)
-
-
-def _refuse(refused: RequestRefused) -> JSONResponse:
-    headers = dict(_NO_STORE)
-    if refused.status == 401:  # noqa: PLR2004 - Unauthorized
-        headers["www-authenticate"] = "Bearer"
-    if refused.status == 503:  # noqa: PLR2004 - Service Unavailable
-        headers["retry-after"] = "1"
-    body = {"error": refused.message, "hint": refused.hint}
-    return JSONResponse(body, refused.status, headers)

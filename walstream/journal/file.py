@@ -498,7 +498,8 @@ _PLACE_HINT: Final = (
 _DEFAULT_HINT: Final = "see to the file and its disk"
 _FULL: Final = Reason(
     "disk full",
-    "make room on its file system, or set max_bytes under [journal] lower; it goes on by itself",
+    "make room on its file system: it goes on by itself. Trimming needs room, too: when there is"
+    " nothing else, stop walstream and remove the journal with its -wal, and clients get a reset",
 )
 _READ_ONLY: Final = Reason(
     "read-only", "make the file, its folder and its disk writable, or set path under [journal]"
