@@ -20,9 +20,13 @@ import pytest
 
 from tests.receiver import DROPPED, Answer, Receiver, receiving
 from tests.test_delivery import Line
+from walstream.catalog import Catalog
 from walstream.changes import Change
 from walstream.destinations import Sink
 from walstream.errors import SinkFailed
+from walstream.live.history import Recent
+from walstream.live.hub import Hub
+from walstream.live.sink import LiveSink
 from walstream.sinks import stdout
 from walstream.sinks.envelopes import Format, Packing
 from walstream.sinks.file import FileOptions, FileSink
@@ -194,6 +198,45 @@ def _texts(body: bytes, content_type: str) -> list[bytes]:
             return [bytes(event.data) for event in events]
 
 
+class FailingHistory(Recent):
+    """What the live sink keeps, with a store that fails or hangs when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(1000, 1 << 20)
+        self.lines: list[bytes] = []
+        self.failing: list[bool] = []
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def append(self, changes: Sequence[Change]) -> None:
+        await self.go_on.wait()
+        fault = self.failing.pop() if self.failing else None
+        if fault is not False:
+            await super().append(changes)
+            self.lines += [change.to_json() for change in changes]
+        if fault is not None:
+            raise SinkFailed("it is not to be")
+
+
+class LiveBench(Bench):
+    """Of the sink for clients by HTTP."""
+
+    def __init__(self) -> None:
+        self.history = FailingHistory()
+        catalog = Catalog("host=nowhere", application_name="test")
+        self.sink = LiveSink("live", Hub(catalog, self.history))
+
+    def kept(self) -> list[bytes]:
+        return self.history.lines
+
+    def fail_once(self, *, after_writing: bool) -> None:
+        self.history.failing = [after_writing]
+
+    async def held(self) -> Callable[[], None]:
+        self.history.go_on.clear()
+        return self.history.go_on.set
+
+
 class UserSink:
     """As small as a sink of one's own can be."""
 
@@ -247,7 +290,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-@pytest.fixture(params=["stdout", *FILES, *FORMATS, "mine"])
+@pytest.fixture(params=["stdout", *FILES, *FORMATS, "live", "mine"])
 async def bench(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Bench]:
@@ -261,6 +304,8 @@ async def bench(
         elif kind == "stdout":
             made = StdoutBench(tmp_path, Writes(monkeypatch), monkeypatch)
             stack.callback(os.close, made.descriptor)
+        elif kind == "live":
+            made = LiveBench()
         else:
             made = UserBench()
         assert isinstance(made.sink, Sink)
