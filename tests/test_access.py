@@ -805,8 +805,6 @@ async def test_a_partition_is_seen_by_what_is_above_it() -> None:
     viewer = await reader({"table": "public.events"})
     assert viewer.sight(layout("events_2024", "events_year", "events")) == Sight("public.events")
     assert viewer.sight(layout("events_2024")) is None
-    assert viewer.covers_named(Relation("public", "events"))
-    assert not viewer.covers_named(Relation("public", "events_2024"))
 
 
 async def test_walstreams_own_tables_are_seen_only_when_they_are_named() -> None:

@@ -84,13 +84,13 @@ class Reader:
             try:
                 self._read()
             except httpx.HTTPError:
-                time.sleep(0.01)
+                self._ended.wait(0.01)
 
     def _read(self) -> None:
         headers = {"Last-Event-ID": self.last_id} if self.last_id else {}
         with httpx.stream("GET", self._url, headers=headers, timeout=1.0) as response:
             if response.status_code != httpx.codes.OK:
-                time.sleep(0.02)
+                self._ended.wait(0.02)
                 return
             for event in events_of(self._lines(response)):
                 self.last_id = event.id or self.last_id

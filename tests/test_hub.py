@@ -23,7 +23,7 @@ from walstream.live.encodings import JSON_LINES
 from walstream.live.history import Recent
 from walstream.live.hub import Hub
 from walstream.live.sink import LiveSink
-from walstream.live.streams import serve
+from walstream.live.streams import Beginning, serve
 from walstream.live.subscriptions import Subscription
 from walstream.live.views import View, literals_of
 from walstream.lsn import Lsn
@@ -303,8 +303,10 @@ class Scenario:
         begin = Position.of(self.published[place - 1]) if place > 0 else self.hub.history.begins
         sent = Sent()
         client = Client(self.hub.cohort(wanted, reader, JSON_LINES), sent, 1 << 30)
-        begin_here = begin if begin >= self.hub.history.begins else None
-        task = asyncio.create_task(serve(self.hub, client, begin_here, 60))
+        beginning = Beginning(begin)
+        if begin < self.hub.history.begins:
+            beginning = Beginning(self.hub.position, "trimmed")
+        task = asyncio.create_task(serve(self.hub, client, beginning, 60))
         self.clients.append((client, sent, begin, task))
 
     async def settle(self) -> None:
@@ -391,7 +393,7 @@ async def test_who_does_not_read_is_cut_and_others_are_not() -> None:
     scenario.come(ALL, wants(), 0)
     unread = Sent(is_read=False)
     slow = Client(scenario.hub.cohort(wants(), ALL, JSON_LINES), unread, 2000)
-    task = asyncio.create_task(serve(scenario.hub, slow, scenario.hub.position, 60))
+    task = asyncio.create_task(serve(scenario.hub, slow, Beginning(scenario.hub.position), 60))
     scenario.clients.append((slow, unread, scenario.hub.position, task))
     await scenario.settle()
     await scenario.publish(inserts(100))

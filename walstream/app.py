@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -12,12 +13,15 @@ import structlog
 from walstream import config as configuration
 from walstream import logs
 from walstream.access.gate import Gate
+from walstream.catalog import Catalog
 from walstream.config import CallSpec, Config, MessageSpec, RouteSpec
+from walstream.config.live import LiveSinkConfig
 from walstream.daemon import Daemon
 from walstream.destinations import Handler, HandlerFunction
 from walstream.errors import SetupError, UsageError
 from walstream.gateway.desk import Desk
 from walstream.gateway.parts import Parts
+from walstream.live.history import Recent
 from walstream.live.hub import Hub
 from walstream.parking import Parking
 from walstream.replay import Replay
@@ -262,12 +266,11 @@ class Walstream:
             config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
         )
         desk = Desk(self._parking, self._make_replay)
-        return make_app(
-            self.vitals, make_routes(Parts(self.vitals, self._hub, gate, desk, config.live))
-        )
+        hub = partial(self._hub, _hub_to_be(config))
+        return make_app(self.vitals, make_routes(Parts(self.vitals, hub, gate, desk, config.live)))
 
-    def _hub(self) -> Hub | None:
-        return None if self._daemon is None else self._daemon.hub()
+    def _hub(self, to_be: Hub | None) -> Hub | None:
+        return to_be if self._daemon is None else self._daemon.hub()
 
     def _parking(self) -> Parking | None:
         return None if self._daemon is None else self._daemon.parking
@@ -288,6 +291,14 @@ class Walstream:
     def is_ready(self) -> bool:
         """Whether it streams, and changes get through."""
         return self._daemon is not None and self._daemon.is_ready
+
+
+def _hub_to_be(config: Config) -> Hub | None:
+    """Return what answers while nothing runs: that the stream has not begun."""
+    if not any(isinstance(sink, LiveSinkConfig) for sink in config.sinks.values()):
+        return None
+    catalog = Catalog(config.postgres.catalog_dsn, application_name="walstream")
+    return Hub(catalog, Recent(max_changes=0, max_bytes=1))
 
 
 def _names(columns: str | Sequence[str] | None) -> tuple[str, ...] | None:

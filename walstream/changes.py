@@ -372,6 +372,17 @@ class Message(msgspec.Struct, eq=False, frozen=True):
         return f"Message({self.prefix} {self.id})"
 
 
+def memory_bytes(change: Change) -> int:
+    """Return about what a change takes in memory."""
+    sent = change.sent_identity
+    identity = len(sent) if isinstance(sent, msgspec.Raw) else _columns_bytes(sent)
+    return 200 + identity + _columns_bytes(change.new_columns)
+
+
+def _columns_bytes(columns: list[Column] | None) -> int:
+    return sum(len(column.value) + 60 for column in columns or ())
+
+
 def decode_columns(sent: msgspec.Raw) -> list[Column]:
     """Read a record's list of columns.
 

@@ -39,7 +39,7 @@ def _disguised(route: Route, live_routes: Sequence[Route]) -> Iterator[tuple[str
         if one.projection is None or not _overlap(one.pattern, route.pattern):
             continue
         for name in deciding:
-            if not one.projection.passes(name) or name in one.projection.masks:
+            if not one.projection.shows(name):
                 yield name, one
 
 

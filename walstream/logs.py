@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from pathlib import Path
 from typing import Literal
 
 import structlog
@@ -47,6 +49,13 @@ def configure(level: str = "info", log_format: Format = "auto") -> None:
     )
     # What psycopg warns about is told by our own events; as bare lines it would tear the JSON.
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
+
+
+def type_and_place(error: BaseException) -> str:
+    """Name an exception without its text, which may have anything in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
 
 
 def _in_order(

@@ -19,7 +19,7 @@ import structlog
 
 from walstream.acknowledger import Acknowledger, Ticket
 from walstream.catalog import Catalog
-from walstream.changes import Change, Layout, Transaction
+from walstream.changes import Change, Layout, Transaction, memory_bytes
 from walstream.delivery import Delivery
 from walstream.destinations import Handler
 from walstream.errors import DecodeError, FilterError, HistoryMissing
@@ -316,7 +316,7 @@ class Playback:
             if routed:
                 ticket = self._ticket(change)
                 self._acknowledger.hand(ticket, len(routed))
-                size = _size_bytes(change)
+                size = memory_bytes(change)
                 handed += [(route, seen, ticket, size) for route, seen in routed]
             self._fed = Position.of(change)
             if not self._whole_transactions:
@@ -344,13 +344,3 @@ class Playback:
         if self._sent and not self._sent[-1].ticket.closed:
             self._sent[-1].position = position
             self._acknowledger.close(self._sent[-1].ticket)
-
-
-def _size_bytes(change: Change) -> int:
-    """About what the change takes in memory."""
-    sent = change.sent_identity
-    if isinstance(sent, list):
-        size = sum(len(column.value) for column in sent)
-    else:
-        size = 0 if sent is None else len(bytes(sent))
-    return 200 + size + sum(len(column.value) + 60 for column in change.new_columns or ())

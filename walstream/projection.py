@@ -101,6 +101,10 @@ class Projection:
         included = self._include is None or name in self._include
         return included and name not in self._exclude
 
+    def shows(self, name: str) -> bool:
+        """Whether a column is passed on as it is."""
+        return self.passes(name) and name not in self._mask
+
     @property
     def rules(self) -> tuple[list[str] | None, list[str], dict[str, str]]:
         """Include, exclude and masks, in a form that is the same for the same rules."""

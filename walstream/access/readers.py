@@ -26,8 +26,7 @@ class Sight(msgspec.Struct, frozen=True, cache_hash=True):
 
     def reads(self, column: str) -> bool:
         """Whether a column is passed on as it is: clients may filter by no other."""
-        rules = self.projection
-        return rules is None or (rules.passes(column) and column not in rules.masks)
+        return self.projection is None or self.projection.shows(column)
 
     def __repr__(self) -> str:
         """Print what is safe to log: the condition holds values of claims."""
@@ -70,22 +69,10 @@ class Reader(msgspec.Struct, frozen=True, eq=False):
 
     def sight(self, layout: Layout) -> Sight | None:
         """Return what is seen of a table: the first grant that covers it counts. None: nothing."""
-        return self.sight_of(layout.relation, layout.ancestors)
-
-    def sight_of(self, relation: Relation, ancestors: Iterable[Relation] = ()) -> Sight | None:
-        """Return the same for a table and the partitioned tables above it."""
-        above = tuple(ancestors)
         for grant in self.grants:
-            if grant.covers(relation, above):
+            if grant.covers(layout.relation, layout.ancestors):
                 return grant.sight
         return None
-
-    def covers_named(self, relation: Relation) -> bool:
-        """Whether something may be seen of a table by its own name.
-
-        A partition may be seen by the name of a table above it, which only its layout tells.
-        """
-        return self.sight_of(relation) is not None
 
     def __repr__(self) -> str:
         """Print what is safe to log."""

@@ -209,8 +209,7 @@ def _concerns(
 
 
 def _carries(route: Route, column: str) -> bool:
-    rules = route.projection
-    return rules is None or (rules.passes(column) and column not in rules.masks)
+    return route.projection is None or route.projection.shows(column)
 
 
 def _partial_identity(table: Table, read: frozenset[str], *, is_keyed: bool) -> Iterator[Concern]:

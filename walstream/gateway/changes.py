@@ -29,9 +29,8 @@ from walstream.gateway.tokens import token_of
 from walstream.live.clients import Client, Cohort, End
 from walstream.live.encodings import JSON_LINES, SERVER_SENT_EVENTS, Encoding
 from walstream.live.hub import Hub
-from walstream.live.streams import begin_at, page, serve
+from walstream.live.streams import Beginning, begin_at, page, serve
 from walstream.live.subscriptions import KEYS, Limits, RequestRefused, parse_subscriptions
-from walstream.positions import Position
 
 _PARAMETERS: Final = (*KEYS, "since", "token")
 _LINES_PARAMETERS: Final = (*_PARAMETERS, "until")
@@ -58,7 +57,7 @@ class _Wish(NamedTuple):
     hub: Hub
     reader: Reader
     cohort: Cohort
-    begin: Position | None
+    beginning: Beginning
     is_page: bool
 
 
@@ -121,15 +120,15 @@ class _Changes:
         await hub.check(subscriptions, reader)
         values = dict(parameters)
         is_page = values.get("until") is not None
-        since = headers.get("last-event-id") or values.get("since")
-        begin = await begin_at(hub, since)
+        since = headers.get("last-event-id") or values.get("since") or None
+        beginning = await begin_at(hub, since)
         if is_page and since is None:
-            begin = hub.history.begins
-        if begin is None and self._encoding is JSON_LINES:
+            beginning = Beginning(hub.history.begins)
+        if beginning.reset and self._encoding is JSON_LINES:
             message = f"the history begins behind {hub.history.begins}"
             raise RequestRefused(410, message, hint="read the table anew, and go on without since")
         cohort = hub.cohort(subscriptions, reader, self._encoding)
-        return _Wish(hub, reader, cohort, begin, is_page)
+        return _Wish(hub, reader, cohort, beginning, is_page)
 
     def _parameters(self, scope: Scope) -> list[tuple[str, str]]:
         try:
@@ -179,13 +178,11 @@ class _Changes:
     async def _serve(self, wish: _Wish, client: Client) -> None:
         hub, options = wish.hub, self._options
         if wish.is_page:
-            assert wish.begin is not None  # noqa: S101 - refused before
-            await page(hub, client, wish.begin)
+            await page(hub, client, wish.beginning.position)
             return
         client.outflow.write(self._retry())
-        begin = hub.position if wish.begin is None else wish.begin
-        client.outflow.write(self._encoding.note("streaming", {}, begin))
-        await serve(hub, client, wish.begin, options.heartbeat_seconds)
+        client.outflow.write(self._encoding.note("streaming", {}, wish.beginning.position))
+        await serve(hub, client, wish.beginning, options.heartbeat_seconds)
 
 
 def _expire(reader: Reader, client: Client) -> asyncio.TimerHandle | None:

@@ -9,10 +9,8 @@ wants what it writes to for itself cannot be replayed to while the stream has it
 from __future__ import annotations
 
 import asyncio
-import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
@@ -20,6 +18,7 @@ import structlog
 
 from walstream.dead_letters import LetterQuery, StoredLetter
 from walstream.errors import ReplayRuns, WalstreamError
+from walstream.logs import type_and_place
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")
 
@@ -161,7 +160,7 @@ class Desk:
             # Without the trace: who asked is told, and the letters are where they were.
             log.error("dead_letters_replay_failed", error=error.message, hint=error.hint)  # noqa: TRY400
         except Exception as error:  # noqa: BLE001 - a bug of ours must not end the stream
-            state.error = _type_and_place(error)
+            state.error = type_and_place(error)
             log.error("dead_letters_replay_failed", error=state.error, hint="")  # noqa: TRY400
         else:
             log.info(
@@ -172,9 +171,3 @@ class Desk:
         finally:
             state.running = False
             state.ended_at = datetime.now(UTC)
-
-
-def _type_and_place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}"

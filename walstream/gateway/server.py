@@ -19,13 +19,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, Final, Self, cast
 
 import structlog
@@ -51,6 +49,7 @@ from walstream.gateway.listening import (
     parse_listen,
 )
 from walstream.gateway.streams import EXTENSION, HIGH_BYTES, LOW_BYTES, DirectStream, Ended, Rounds
+from walstream.logs import type_and_place
 from walstream.vitals import Vitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")
@@ -309,6 +308,12 @@ class _Connection(HttpToolsProtocol):
         if self._stream is not None:
             self._stream.resume()
 
+    def eof_received(self) -> None:
+        if self._stream is not None:
+            # The transport would close once it is empty, which a client that reads nothing never
+            # lets it be; and it takes no more of the stream.
+            self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest()
         if self._stalled is not None:
@@ -520,14 +525,7 @@ class _Told(logging.Handler):
         elif isinstance(error, ClientDisconnect | asyncio.CancelledError):
             log.debug("http_refused", reason="the client has gone")
         else:
-            log.error("http_failed", error=_describe(error))
-
-
-def _describe(error: BaseException) -> str:
-    """Say type and place of an exception; its text may have anything in it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}"
+            log.error("http_failed", error=type_and_place(error))
 
 
 def _make_logger() -> logging.Logger:

@@ -239,7 +239,9 @@ class DirectStream(Stream):
     @property
     def is_behind(self) -> bool:
         """Whether much waits here that the transport would take."""
-        return self._waiting > HIGH_BYTES and not self._is_paused and self._ended is None
+        if self._is_paused or self._ended is not None or self._transport.is_closing():
+            return False
+        return self._waiting > HIGH_BYTES
 
     def begin(self) -> None:
         """Send from now on: the head is out."""

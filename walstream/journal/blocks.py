@@ -144,6 +144,28 @@ def _encoded(
     changes: Sequence[Change], number_of: Callable[[Layout], int], size_bytes: int
 ) -> Iterator[Block]:
     """Make one block, or several of parts when it gets too large."""
+    text, transactions = _written(changes, number_of)
+    if len(text) > size_bytes and len(changes) > 1:
+        parts = min(-(-len(text) // size_bytes), len(changes))
+        count = -(-len(changes) // parts)
+        for start in range(0, len(changes), count):
+            yield from _encoded(changes[start : start + count], number_of, size_bytes)
+        return
+    times = [microseconds(one.commit_time) for one in transactions]
+    yield Block(
+        Position.of(changes[0]),
+        Position.of(changes[-1]),
+        min(times),
+        max(times),
+        len(changes),
+        zlib.compress(text, _LEVEL),
+    )
+
+
+def _written(
+    changes: Sequence[Change], number_of: Callable[[Layout], int]
+) -> tuple[bytes, list[Transaction]]:
+    """Write changes as JSON; return it with their transactions."""
     layouts: dict[Layout, int] = {}
     transactions: list[Transaction] = []
     rows: list[tuple[Any, ...]] = []
@@ -171,21 +193,7 @@ def _encoded(
             )
         )
     text = _encode(([*dict.fromkeys(layouts.values())], [*map(_fields, transactions)], rows))
-    if len(text) > size_bytes and len(changes) > 1:
-        parts = min(-(-len(text) // size_bytes), len(changes))
-        count = -(-len(changes) // parts)
-        for start in range(0, len(changes), count):
-            yield from _encoded(changes[start : start + count], number_of, size_bytes)
-        return
-    times = [microseconds(one.commit_time) for one in transactions]
-    yield Block(
-        Position.of(changes[0]),
-        Position.of(changes[-1]),
-        min(times),
-        max(times),
-        len(changes),
-        zlib.compress(text, _LEVEL),
-    )
+    return text, transactions
 
 
 def _fields(transaction: Transaction) -> tuple[int, int, int, str]:

@@ -86,12 +86,14 @@ class Client:
     it has got, and reads what it missed from the history.
     """
 
-    __slots__ = ("_ended", "_max_bytes", "cohort", "end", "outflow")
+    __slots__ = ("_ended", "_max_bytes", "cohort", "end", "has_missed", "outflow")
 
     def __init__(self, cohort: Cohort, outflow: Outflow, max_queue_bytes: int) -> None:
         self.cohort = cohort
         self.outflow = outflow
         self.end: End | None = None
+        self.has_missed = False
+        """Whether something was not sent, since it came after the end."""
         self._max_bytes = max_queue_bytes
         self._ended: asyncio.Future[None] | None = None
 
@@ -102,9 +104,11 @@ class Client:
     def push(self, data: bytes) -> None:
         """Send something, or give the client up."""
         if self.end is not None:
+            self.has_missed = True
             return
         waiting = self.outflow.waiting_bytes
         if waiting and waiting + len(data) > self._max_bytes:
+            self.has_missed = True
             self.finish(End.SLOW)
         else:
             self.outflow.write(data)

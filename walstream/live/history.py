@@ -8,9 +8,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
-import msgspec
-
-from walstream.changes import Change, Column
+from walstream.changes import Change, memory_bytes
 from walstream.journal import JournalTrimmed
 from walstream.lsn import ZERO, Lsn
 from walstream.positions import BEGINNING, Position
@@ -103,7 +101,7 @@ class Recent:
     async def append(self, changes: Sequence[Change]) -> None:
         """Keep changes that stand behind ``position``, and let go of the oldest."""
         for change in changes:
-            size = _size_bytes(change)
+            size = memory_bytes(change)
             self.position = Position.of(change)
             self._kept.append(_Kept(self.position, change, size))
             self._size_bytes += size
@@ -155,13 +153,3 @@ class Recent:
     def _forget(self) -> None:
         self._kept.clear()
         self._size_bytes = 0
-
-
-def _size_bytes(change: Change) -> int:
-    sent = change.sent_identity
-    identity = len(sent) if isinstance(sent, msgspec.Raw) else _columns_bytes(sent)
-    return 200 + identity + _columns_bytes(change.new_columns)
-
-
-def _columns_bytes(columns: Sequence[Column] | None) -> int:
-    return sum(len(column.value) + 60 for column in columns or ())

@@ -53,6 +53,7 @@ TABLE_SECONDS: Final = 10.0
 
 _Index: TypeAlias = LayoutIndex[Cohort]
 _Shown: TypeAlias = dict[Hashable, bytes]
+_Frames: TypeAlias = dict[Cohort, list[bytes]]
 
 Prepared: TypeAlias = dict[Layout, list[View]]
 """A cohort's views, for each layout in the order of its subscriptions."""
@@ -185,8 +186,10 @@ class Hub:
             # Others have taken what lies between, or nothing is known yet.
             await self.history.interrupt(at)
             self.position = Position.after(at)
+            log.info("history_begun", position=str(self.position), clients=self.client_count)
             self._tell_reset()
-        else:
+        elif not self.has_begun:
+            # Later on there are clients: what is kept and was not published comes again.
             self.position = max(
                 self.position, self.history.position, Position.after(self.history.covered)
             )
@@ -227,20 +230,24 @@ class Hub:
 
         Whoever cannot compare a label of the change at ``lenient`` does not see it.
         """
-        frames: dict[Cohort, list[bytes]] = {}
+        frames: _Frames = {}
         deadline = time.perf_counter() + SLICE_SECONDS
         done, is_known, size = begin, True, 0
-        while done < len(changes) and size < SLICE_BYTES:
-            if changes[done].layout not in self._indexes:
-                break  # the bound on layouts was reached
-            try:
+        try:
+            while done < len(changes) and size < SLICE_BYTES:
+                if changes[done].layout not in self._indexes:
+                    break  # the bound on layouts was reached
                 size += self._publish_one(changes[done], frames, strict=done != lenient)
-            except UnknownLabel:
-                is_known = False
-                break
-            done += 1
-            if time.perf_counter() > deadline:
-                break
+                done += 1
+                if time.perf_counter() > deadline:
+                    break
+        except UnknownLabel:
+            is_known = False
+        finally:  # what is behind `position` is not published again, whatever a later one raises
+            pushed = self._push(frames)
+        return done, is_known, pushed
+
+    def _push(self, frames: _Frames) -> list[Client]:
         pushed: list[Client] = []
         for cohort, pieces in frames.items():
             data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -248,11 +255,9 @@ class Hub:
             pushed += cohort.clients
             for client in cohort.clients:
                 client.push(data)
-        return done, is_known, pushed
+        return pushed
 
-    def _publish_one(
-        self, change: Change, frames: dict[Cohort, list[bytes]], *, strict: bool
-    ) -> int:
+    def _publish_one(self, change: Change, frames: _Frames, *, strict: bool) -> int:
         """Return the bytes of the longest form of the change that somebody gets."""
         index = self._indexes.get(change.layout)
         seen: dict[Cohort, tuple[int, bytes]] = {}

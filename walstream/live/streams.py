@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import structlog
 
 from walstream.errors import SinkFailed, Unavailable
@@ -18,44 +20,53 @@ CATCH_UP_SECONDS = 0.2
 """How often it is looked whether the stream has come to where a client was before a restart."""
 
 
-async def begin_at(hub: Hub, since: str | None) -> Position | None:
-    """Return where a stream begins: now, or behind ``since``; None when that is not kept any more.
+class Beginning(NamedTuple):
+    """Behind what a stream begins; ``reset`` says why that is not what was asked for."""
+
+    position: Position
+    reset: str = ""
+
+
+async def begin_at(hub: Hub, since: str | None) -> Beginning:
+    """Return where a stream begins: behind ``since``, or now when that is not kept any more.
 
     Raises:
         RequestRefused: ``since`` cannot be read, or cannot be judged at this moment.
     """
     if since is None:
-        return hub.position
+        return Beginning(hub.position)
     try:
         position = await resolve(since, hub)
         is_foreign = position is not None and await hub.is_foreign(position)
     except (Unavailable, SinkFailed):
         raise RequestRefused(503, "what was missed cannot be told at this moment") from None
-    return None if is_foreign else position
+    if position is None:
+        return Beginning(hub.position, "trimmed")
+    return Beginning(hub.position, "foreign") if is_foreign else Beginning(position)
 
 
-async def serve(hub: Hub, client: Client, begin: Position | None, heartbeat_seconds: float) -> None:
+async def serve(hub: Hub, client: Client, beginning: Beginning, heartbeat_seconds: float) -> None:
     """Give a client all that it missed, and then what comes, until it ends.
 
     Args:
         hub: with the changes.
         client: new.
-        begin: from `begin_at`.
+        beginning: from `begin_at`.
         heartbeat_seconds: after so long it gets a sign of life.
     """
     encoding, outflow = client.cohort.encoding, client.outflow
     hub.enter(client)
     try:
-        if begin is None:
-            outflow.write(hub.reset_note(encoding, "trimmed"))
-            begin = hub.position
+        begin = beginning.position
+        if beginning.reset:
+            outflow.write(hub.reset_note(encoding, beginning.reset))
         while begin > hub.position and not client.has_ended():  # what it has got comes again
             await client.wait(CATCH_UP_SECONDS)
         await _replay(hub, client, begin)
         await _live(hub, client, heartbeat_seconds)
         if client.end is not End.LEFT:
-            # Who was not cut off for its slowness has got all up to here, and goes on from here.
-            is_complete = client in client.cohort.clients and client.end is not End.SLOW
+            # Who has got all up to here goes on from here.
+            is_complete = client in client.cohort.clients and not client.has_missed
             position = hub.position if is_complete else None
             outflow.write(encoding.note("end", {"reason": client.end}, position))
     finally:
@@ -93,9 +104,10 @@ async def _live(hub: Hub, client: Client, heartbeat_seconds: float) -> None:
 
 
 async def page(hub: Hub, client: Client, begin: Position) -> None:
-    """Give a client what there is at this moment."""
+    """Give a client what there is at this moment, and where to go on from."""
+    upto = max(begin, hub.position)
     try:
-        async for piece in Replay(hub, client, begin).read(hub.position):
+        async for piece in Replay(hub, client, begin).read(upto):
             client.outflow.write(piece)
             await client.outflow.room()
             if client.end is not None:  # or it would be taken for all there is
@@ -104,3 +116,5 @@ async def page(hub: Hub, client: Client, begin: Position) -> None:
                 return
     except JournalTrimmed:
         client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))
+    else:
+        client.outflow.write(client.cohort.encoding.note("position", {}, upto))

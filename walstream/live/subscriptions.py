@@ -87,7 +87,8 @@ def parse_subscriptions(
         if name == "table":
             groups.append({})
         elif not groups:
-            raise RequestRefused(400, f"{name} stands before the table that it belongs to")
+            message = f"{name} stands before the table that it belongs to"
+            raise RequestRefused(400, message, hint=f"?table=public.orders&{name}=...")
         if name in groups[-1]:
             raise RequestRefused(400, f"{name} is given twice for one table")
         groups[-1][name] = value
