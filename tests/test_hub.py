@@ -24,7 +24,7 @@ from walstream.live.history import Recent
 from walstream.live.hub import Hub
 from walstream.live.sink import LiveSink
 from walstream.live.streams import Beginning, serve
-from walstream.live.subscriptions import Subscription
+from walstream.live.subscriptions import Subscription, named_columns
 from walstream.live.views import View, literals_of
 from walstream.lsn import Lsn
 from walstream.offline import read_offline
@@ -224,7 +224,7 @@ def seen(cohort_of: Client, change: Change) -> bytes | None:
         if not any(subscription.pattern.covers(relation) for relation in covered):
             continue
         sight = cohort.reader.sight(change.layout)
-        if sight is None:
+        if sight is None or not all(map(sight.reads, named_columns(subscription))):
             continue
         literals = literals_of(subscription, sight, change.layout)
         texts = {one: read_offline(one, TYPES) or "" for one in literals}

@@ -12,14 +12,12 @@ import structlog
 
 from walstream import config as configuration
 from walstream import logs
-from walstream.access.gate import Gate
 from walstream.catalog import Catalog
 from walstream.config import CallSpec, Config, MessageSpec, RouteSpec
 from walstream.config.live import LiveSinkConfig
 from walstream.daemon import Daemon
 from walstream.destinations import Handler, HandlerFunction
 from walstream.errors import SetupError, UsageError
-from walstream.gateway.desk import Desk
 from walstream.gateway.parts import Parts
 from walstream.live.history import Recent
 from walstream.live.hub import Hub
@@ -49,6 +47,7 @@ class Walstream:
 
     def __init__(self) -> None:
         self.handlers: list[tuple[RouteSpec | MessageSpec, Handler]] = []
+        self._mounted: list[Parts] = []
         self._daemon: Daemon | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -229,6 +228,8 @@ class Walstream:
         try:
             return await self._daemon.run()
         finally:
+            for parts in self._mounted:
+                await parts.close(self._daemon.drain_seconds)
             self._daemon = None
 
     def stop(self) -> None:
@@ -258,16 +259,19 @@ class Walstream:
             config = configuration.load(None if config is None else Path(config))
         try:
             from walstream.gateway.app import make_app  # noqa: PLC0415 - needs the extra
-            from walstream.gateway.routes import make_routes  # noqa: PLC0415 - the same
+            from walstream.gateway.paths import make_paths  # noqa: PLC0415 - the same
         except ImportError as error:
             message = f"the module {error.name} is not installed"
             raise SetupError(message, hint='pip install "walstream[http]"') from None
-        gate = Gate(
-            config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
+        parts = Parts.of(
+            config,
+            vitals=self.vitals,
+            hub=partial(self._hub, _hub_to_be(config)),
+            letters=self._parking,
+            make_replay=self._make_replay,
         )
-        desk = Desk(self._parking, self._make_replay)
-        hub = partial(self._hub, _hub_to_be(config))
-        return make_app(self.vitals, make_routes(Parts(self.vitals, hub, gate, desk, config.live)))
+        self._mounted.append(parts)
+        return make_app(self.vitals, make_paths(parts))
 
     def _hub(self, to_be: Hub | None) -> Hub | None:
         return to_be if self._daemon is None else self._daemon.hub()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 import structlog
 
-from walstream.access.gate import Gate
 from walstream.acknowledger import Acknowledger
 from walstream.assembly import Assembly, Attached, needs_everything
 from walstream.audience import Audience
@@ -43,7 +42,6 @@ from walstream.errors import (
     WalstreamError,
 )
 from walstream.gateway import Gateway
-from walstream.gateway.desk import Desk
 from walstream.gateway.parts import Parts
 from walstream.health import Lag, stalled, stuck_seconds
 from walstream.heartbeat import Heartbeat
@@ -392,21 +390,21 @@ class Daemon:
         return self.summary()
 
     async def _open_gateway(self, opened: AsyncExitStack) -> None:
-        config = self._config
-        gate = Gate(
-            config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
+        parts = Parts.of(
+            self._config,
+            vitals=self.vitals,
+            hub=self.hub,
+            letters=lambda: self._parking,
+            make_replay=self.make_replay,
         )
-        opened.push_async_callback(gate.close)
-        desk = Desk(lambda: self._parking, self.make_replay)
-        opened.push_async_callback(desk.close, self.drain_seconds)
-        parts = Parts(self.vitals, self.hub, gate, desk, config.live)
+        opened.push_async_callback(parts.close, self.drain_seconds)
 
-        def make_routes() -> Sequence[BaseRoute]:
-            from walstream.gateway.routes import make_routes  # noqa: PLC0415 - needs the extra
+        def make_paths() -> Sequence[BaseRoute]:
+            from walstream.gateway.paths import make_paths  # noqa: PLC0415 - needs the extra
 
-            return make_routes(parts)
+            return make_paths(parts)
 
-        await opened.enter_async_context(Gateway.open(config.http, self.vitals, make_routes))
+        await opened.enter_async_context(Gateway.open(self._config.http, self.vitals, make_paths))
 
     async def _close(self) -> None:
         """Let go of everything that the process has opened, in the order in which it is used."""

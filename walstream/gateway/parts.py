@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import msgspec
 
 from walstream.access.gate import Gate
+from walstream.config import Config
 from walstream.config.live import LiveConfig
-from walstream.gateway.desk import Desk
+from walstream.gateway.desk import Desk, Letters, Replaying
 from walstream.live.hub import Hub
 from walstream.vitals import Vitals
 
@@ -25,3 +27,29 @@ class Parts(msgspec.Struct, frozen=True):
     gate: Gate
     desk: Desk
     live: LiveConfig
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        *,
+        vitals: Callable[[], Vitals],
+        hub: Callable[[], Hub | None],
+        letters: Callable[[], Letters | None],
+        make_replay: Callable[[], Replaying],
+    ) -> Self:
+        """Make them as a configuration says.
+
+        Raises:
+            ConfigError: keys of tokens cannot be read.
+            SetupError: what tokens need is not installed.
+        """
+        gate = Gate(
+            config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
+        )
+        return cls(vitals, hub, gate, Desk(letters, make_replay), config.live)
+
+    async def close(self, drain_seconds: float) -> None:
+        """Ask for no more keys, and let a replay finish what it is delivering."""
+        await self.desk.close(drain_seconds)
+        await self.gate.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
@@ -124,6 +125,7 @@ class Recent:
         """Let go of everything: a process that comes back may have missed something."""
         self._forget()
         self._history = ""
+        self.begins = self.position  # who still reads is told
 
     async def read(self, after: Position, upto: Position) -> AsyncIterator[Sequence[Change]]:
         """Read what stands behind the one position, up to the other, in pieces.
@@ -134,8 +136,9 @@ class Recent:
         while True:
             if after < self.begins:
                 raise JournalTrimmed(self.begins)
-            wanted = (kept for kept in self._kept if after < kept.position <= upto)
-            piece = list(islice(wanted, PIECE))
+            begin = bisect_right(self._kept, after, key=lambda kept: kept.position)
+            some = islice(self._kept, begin, begin + PIECE)
+            piece = [kept for kept in some if kept.position <= upto]
             if not piece:
                 return
             yield [kept.change for kept in piece]

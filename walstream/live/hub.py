@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Final, TypeAlias
 
@@ -43,10 +43,16 @@ SLICE_SECONDS: Final = 0.004
 SLICE_BYTES: Final = 1 << 16
 """So much is given to a client at once, and a change more."""
 
+AT_ONCE: Final = 16
+"""So many who wait for their turn are called at once."""
+
 MAX_LAYOUTS: Final = 512
 MAX_LITERALS: Final = 20_000
 MAX_ASKED: Final = 100
 """Values of one filter that the server is asked about: the stream asks by the same connection."""
+
+MAX_TEXT: Final = 1 << 14
+"""Characters of a value: of ``1e131071`` the server makes a hundred thousand."""
 
 TABLE_SECONDS: Final = 10.0
 """So long an answer of the catalog is good for those who subscribe."""
@@ -71,6 +77,8 @@ class Hub:
         self.ended: Counter[End] = Counter()
         self.sent_changes = 0
         self.published_changes = 0
+        self.turns = Turns()
+        """Of those who read what they missed."""
         self._catalog = catalog
         self._clients: dict[Client, None] = {}
         self._cohorts: dict[Hashable, Cohort] = {}
@@ -113,7 +121,12 @@ class Hub:
 
     async def prepare(self, cohort: Cohort) -> Prepared:
         """Compile the cohort's views for all layouts that are indexed."""
-        return {layout: await self.views(cohort, layout) for layout in list(self._indexes)}
+        prepared: Prepared = {}
+        turn = Turn()
+        for layout in list(self._indexes):
+            prepared[layout] = await self.views(cohort, layout)
+            await turn.give_way()
+        return prepared
 
     def join(self, client: Client, prepared: Prepared) -> bool:
         """Let a client have what is published from now on.
@@ -302,10 +315,12 @@ class Hub:
         for layout in new[: MAX_LAYOUTS // 2]:
             index: _Index = LayoutIndex(layout)
             views: dict[Cohort, list[View]] = {}
+            turn = Turn()
             try:
                 while missing := [one for one in self._cohorts.values() if one not in views]:
                     for cohort in missing:
                         views[cohort] = await self.views(cohort, layout)
+                        await turn.give_way()
             except Unavailable as error:
                 message = f"the catalog cannot be asked for {layout.relation}: {error.message}"
                 raise SinkFailed(message, hint=error.hint) from None
@@ -349,6 +364,8 @@ class Hub:
         sight = reader.sight(layout)
         if sight is None:
             return None
+        if not all(map(sight.reads, named_columns(subscription))):
+            return None  # of a partition more may be hidden than of its table, which was checked
         try:
             normalised = await self._normalise(literals_of(subscription, sight, layout), layout)
             return View(subscription, sight, layout, normalised)
@@ -363,6 +380,9 @@ class Hub:
                 text = read_offline(literal, layout.types)
             if text is None:
                 text = (await self._catalog.normalise([literal], remember=False))[literal]
+            if len(text) > MAX_TEXT:
+                message = f"column {literal.column}: a value of {len(text)} characters"
+                raise FilterError(message, hint=f"at most {MAX_TEXT} are compared with")
             if len(self._literals) >= MAX_LITERALS:
                 self._literals.clear()
             answers[literal] = self._literals[literal] = text
@@ -479,6 +499,59 @@ class Hub:
                 self._tables.clear()
             self._tables[relation] = (now, table)
         return table
+
+
+class Turns:
+    """Lets all who have much to do together have a few milliseconds in a turn of the event loop."""
+
+    def __init__(self) -> None:
+        self._spent_seconds = 0.0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._is_called = False
+
+    async def begin(self) -> None:
+        """Wait until there is time."""
+        add = self._waiting.append
+        while self._spent_seconds > SLICE_SECONDS:
+            waiter = asyncio.get_running_loop().create_future()
+            add(waiter)
+            self._call()
+            await waiter
+            add = self._waiting.appendleft  # who was called and came too late is the next
+
+    def end(self, began: float) -> None:
+        """Count what was done since then, by `time.perf_counter`."""
+        self._spent_seconds += time.perf_counter() - began
+        if self._spent_seconds > SLICE_SECONDS:
+            self._call()
+
+    def _call(self) -> None:
+        if not self._is_called:
+            self._is_called = True
+            asyncio.get_running_loop().call_soon(self._renew)
+
+    def _renew(self) -> None:
+        self._is_called = False
+        self._spent_seconds = 0.0
+        for _ in range(min(AT_ONCE, len(self._waiting))):
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+        if self._waiting:
+            self._call()
+
+
+class Turn:
+    """A few milliseconds, after which others in the event loop have theirs."""
+
+    def __init__(self) -> None:
+        self._ends = time.perf_counter() + SLICE_SECONDS
+
+    async def give_way(self) -> None:
+        """Let others go on, if it is over."""
+        if time.perf_counter() > self._ends:
+            await asyncio.sleep(0)
+            self._ends = time.perf_counter() + SLICE_SECONDS
 
 
 def _enter(cohort: Cohort, index: _Index, views: list[View]) -> None:

@@ -15,7 +15,7 @@ from walstream.changes import Change, Layout, Operation, Row
 from walstream.errors import DecodeError
 from walstream.filters import equality_key
 from walstream.live.encodings import Encoding
-from walstream.live.views import View
+from walstream.live.views import View, updated_row
 
 _UPDATE: Final = Operation.UPDATE
 _DELETE: Final = Operation.DELETE
@@ -99,8 +99,11 @@ class LayoutIndex(Generic[MemberT]):
         yield from found.scanned
         if operation is _TRUNCATE:
             return
-        row = change.identity if operation is _DELETE else change.row
-        if operation is not _UPDATE or not self._leaving.by_column:
+        if operation is not _UPDATE:
+            yield from _by_value(found, change.identity if operation is _DELETE else change.row)
+            return
+        row = updated_row(change)
+        if not self._leaving.by_column:
             yield from _by_value(found, row)
             return
         # A group that is found by the new row must not come again by the old one.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from typing import Final
 
 from walstream.changes import Change
 from walstream.live.clients import Client
-from walstream.live.hub import Hub, Prepared, look_at
+from walstream.live.hub import SLICE_BYTES, SLICE_SECONDS, Hub, Prepared, look_at
 from walstream.live.subscriptions import RequestRefused
 from walstream.positions import Position
 from walstream.values import UnknownLabel
-
-TURN: Final = 100
-"""Changes of a replay between two turns of the others in the event loop."""
 
 
 class Replay:
@@ -37,7 +33,7 @@ class Replay:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         hub, client = self._hub, self._client
         prepared = await hub.prepare(client.cohort)
-        while True:
+        while not client.has_ended():  # who has ended is not told that it has got all
             if self.position >= hub.position:
                 if hub.join(client, prepared):
                     return
@@ -56,24 +52,24 @@ class Replay:
         """
         hub = self._hub
         async for changes in hub.history.read(self.position, upto):
-            frames: list[bytes] = []
-            for begin in range(0, len(changes), TURN):
-                some = changes[begin : begin + TURN]
-                frames += await self._frames(some)
-                self.position = Position.of(some[-1])
-                await asyncio.sleep(0)
-            if frames:
-                hub.sent_changes += len(frames)
-                yield b"".join(frames)
-
-    async def _frames(self, changes: Sequence[Change]) -> list[bytes]:
-        try:
-            return self._seen(changes, await self._views(changes), strict=not self._has_renewed)
-        except UnknownLabel:  # an enum has got it while no client compared with it
-            self._has_renewed = True
-            await self._hub.renew_types()
-            self._client.cohort.views.clear()  # it need not be one that the hub knows
-            return self._seen(changes, await self._views(changes), strict=False)
+            views = await self._views(changes)
+            done = 0
+            while done < len(changes):
+                # All who replay together take no more of the event loop than one.
+                await hub.turns.begin()
+                began = time.perf_counter()
+                done, is_known, frames = self._seen(changes, done, views)
+                hub.turns.end(began)
+                if done:
+                    self.position = Position.of(changes[done - 1])
+                if frames:
+                    hub.sent_changes += len(frames)
+                    yield b"".join(frames)
+                if not is_known:  # an enum has got a label while no client compared with it
+                    self._has_renewed = True
+                    await hub.renew_types()
+                    self._client.cohort.views.clear()  # it need not be one that the hub knows
+                    views = await self._views(changes)
 
     async def _views(self, changes: Sequence[Change]) -> Prepared:
         """Compile; what the hub forgets meanwhile is kept here."""
@@ -81,16 +77,35 @@ class Replay:
         layouts = dict.fromkeys(change.layout for change in changes)
         return {layout: await self._hub.views(cohort, layout) for layout in layouts}
 
-    def _seen(self, changes: Sequence[Change], views: Prepared, *, strict: bool) -> list[bytes]:
-        encoding = self._client.cohort.encoding
-        frames = []
-        for change in changes:
-            for view in views[change.layout]:
-                look = look_at(view, change, strict=strict)
-                if look is not None:
-                    frames.append(encoding.frame(view.show(change, look)))
+    def _seen(
+        self, changes: Sequence[Change], begin: int, views: Prepared
+    ) -> tuple[int, bool, list[bytes]]:
+        """Go on for a few milliseconds, or until there is a piece.
+
+        Returns how far it came, whether labels are known, and what the client sees.
+        """
+        deadline = time.perf_counter() + SLICE_SECONDS
+        frames: list[bytes] = []
+        done, size = begin, 0
+        try:
+            while done < len(changes) and size < SLICE_BYTES:
+                frame = self._frame(changes[done], views)
+                done += 1
+                if frame is not None:
+                    frames.append(frame)
+                    size += len(frame)
+                if time.perf_counter() > deadline:
                     break
-        return frames
+        except UnknownLabel:
+            return done, False, frames
+        return done, True, frames
+
+    def _frame(self, change: Change, views: Prepared) -> bytes | None:
+        for view in views[change.layout]:
+            look = look_at(view, change, strict=not self._has_renewed)
+            if look is not None:
+                return self._client.cohort.encoding.frame(view.show(change, look))
+        return None
 
 
 async def resolve(since: str, hub: Hub) -> Position | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import structlog
 
-from walstream.errors import SinkFailed, Unavailable
+from walstream.errors import SinkFailed, Unavailable, WalstreamError
 from walstream.journal import JournalTrimmed
 from walstream.live.clients import Client, End
 from walstream.live.hub import Hub
@@ -60,6 +60,7 @@ async def serve(hub: Hub, client: Client, beginning: Beginning, heartbeat_second
         begin = beginning.position
         if beginning.reset:
             outflow.write(hub.reset_note(encoding, beginning.reset))
+            begin = hub.position  # as the note says: more may have come meanwhile
         while begin > hub.position and not client.has_ended():  # what it has got comes again
             await client.wait(CATCH_UP_SECONDS)
         await _replay(hub, client, begin)
@@ -84,7 +85,9 @@ async def _replay(hub: Hub, client: Client, begin: Position) -> None:
         except JournalTrimmed:  # it was slower than the history is long
             client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))
             begin = hub.position
-        except SinkFailed as failure:  # it comes back, and asks again
+        except WalstreamError as failure:  # it comes back, and asks again
+            if client.has_ended():
+                return
             log.error("history_not_read", error=failure.message, hint=failure.hint)  # noqa: TRY400
             client.finish(End.CLOSING)
         else:

@@ -164,7 +164,7 @@ class View:
         return self._narrow.project(change)
 
     def _look_at_update(self, change: Change) -> Look | None:
-        row = change.row
+        row = updated_row(change)
         if self._sees(row):
             was_seen = self._sight_condition is None or self._sees(change.identity)
             if self._passes(row):
@@ -204,6 +204,19 @@ def equalities_of(
         return {}
     where = both[0] if len(both) == 1 else And(tuple(both))
     return equality_keys(where, layout.columns, layout.types, normalised)
+
+
+def updated_row(change: Change) -> Row:
+    """Return the new row of an update for filters.
+
+    A TOASTed value that the update did not touch is not sent with it; under REPLICA IDENTITY FULL
+    the identity has it.
+    """
+    if not change.unchanged:
+        return change.row
+    left_out = change.unchanged
+    kept = [column for column in change.identity_columns or () if column.name in left_out]
+    return Row(change.layout, [*(change.new_columns or ()), *kept])
 
 
 def _compiled(

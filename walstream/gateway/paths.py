@@ -11,7 +11,7 @@ from walstream.gateway.parts import Parts
 from walstream.gateway.status import status_route
 
 
-def make_routes(parts: Parts) -> list[BaseRoute]:
+def make_paths(parts: Parts) -> list[BaseRoute]:
     """Make the paths."""
     return [
         dashboard_route(),
