@@ -24,7 +24,7 @@ from walstream.positions import Position
 from walstream.values import Types
 
 TIME: Final = datetime(2026, 1, 31, 12, tzinfo=UTC)
-HISTORY: Final = "rules"
+HISTORY: Final = "slot@1 rules"
 
 _TYPES: Final = Types(TextLoaders())
 

@@ -294,26 +294,38 @@ async def test_who_reads_across_an_interruption_is_told(journal: Journal) -> Non
 
 async def test_other_rules_begin_anew_and_leave_nothing_on_disk(path: Path) -> None:
     journal = journal_at(path)
-    await journal.open("old rules")
+    await journal.open("slot@1 old rules")
     secret = [change_of(number, content=f"secret{number}" * 50) for number in range(1, 500)]
     await journal.append(secret)
     blobs = sqlite3.connect(path).execute("SELECT data FROM blocks").fetchall()
     assert blobs
-    again = await reopened(journal, "new rules")
+    again = await reopened(journal, "slot@1 new rules")
     assert (again.begins, again.position, again.covered) == (BEGINNING, BEGINNING, ZERO)
     assert await read_all(again) == []
     written = b"".join(one.read_bytes() for one in path.parent.glob("journal*"))
     assert all(blob[100:200] not in written for (blob,) in blobs)
     assert len(written) < 100_000
     await again.append(changes_of(1, 2))
-    await (await reopened(again, "new rules")).close()
+    await (await reopened(again, "slot@1 new rules")).close()
 
 
 async def test_opening_it_again_only_compares_the_rules(journal: Journal) -> None:
     await journal.append(changes_of(1, 3))
     await journal.open(HISTORY)
     assert journal.position == position_of(3)
-    await journal.open("others")
+    await journal.open("slot@1 others")
+    assert journal.position == BEGINNING
+
+
+async def test_what_is_of_another_slot_is_not_forgotten_without_being_asked(
+    journal: Journal,
+) -> None:
+    """A configuration with a wrong slot must not cost the history of the right one."""
+    await journal.append(changes_of(1, 3))
+    with pytest.raises(SetupError, match=r"3 changes of slot@1, and this is other@1"):
+        await journal.open("other@1 rules")
+    assert journal.position == position_of(3)
+    await journal.open("other@1 rules", accept_gap=True)
     assert journal.position == BEGINNING
 
 
@@ -912,7 +924,7 @@ def test_a_journal_does_what_the_model_does(
 async def compare(path: Path, steps: list[tuple[str, Any]]) -> None:
     model, rules = Model(), 0
     journal = journal_at(path)
-    await journal.open("0")
+    await journal.open("slot@1 0")
     for step, argument in steps:
         number = model.position.end_lsn // 100 + 1
         if step == "append":
@@ -939,13 +951,13 @@ async def compare(path: Path, steps: list[tuple[str, Any]]) -> None:
             model.trim(None)
             trim(path)
             await journal.close()
-            await journal.open(str(rules))
+            await journal.open(f"slot@1 {rules}")
         elif step == "reopen":
-            journal = await reopened(journal, str(rules))
+            journal = await reopened(journal, f"slot@1 {rules}")
         else:
             rules += 1
             model = Model()
-            journal = await reopened(journal, str(rules))
+            journal = await reopened(journal, f"slot@1 {rules}")
         await self_check(journal, model)
     await journal.close()
 

@@ -104,7 +104,7 @@ class Assembly:
     def live_history(self, identity: SystemIdentity) -> str:
         """Say under which rules changes are kept for clients (`history_of`)."""
         config = self._config
-        origin = f"{identity.systemid}/{identity.timeline}/{config.slot.name}"
+        origin = f"{config.slot.name}@{identity.systemid} {identity.timeline}"
         return history_of(origin, self.live_routes(), config.masking.secret())
 
     def _sink_again(

@@ -29,8 +29,9 @@ COVER_PAUSE_SECONDS: Final = 1.0
 class Audience:
     """Whoever reads changes by HTTP, if a route leads there."""
 
-    def __init__(self, assembly: Assembly) -> None:
+    def __init__(self, assembly: Assembly, *, accept_gap: bool = False) -> None:
         self._assembly = assembly
+        self._accept_gap = accept_gap
         self._identity: SystemIdentity | None = None
         self._history = ""
         self._is_covered = True
@@ -90,7 +91,7 @@ class Audience:
         if history == self._history and live.hub.has_begun:
             return
         try:
-            await live.begin(at, history)
+            await live.begin(at, history, accept_gap=self._accept_gap)
         except SinkFailed as failure:
             raise Unavailable(failure.message, hint=failure.hint) from failure
         self._history = history

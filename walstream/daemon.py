@@ -126,7 +126,7 @@ class Daemon:
         _verify_attached(config, self._assembly)
         self._accept_gap = accept_gap
         self._catching_up: CatchUp | None = None
-        self._audience = Audience(self._assembly)
+        self._audience = Audience(self._assembly, accept_gap=accept_gap)
         self._catalog = self._assembly.catalog
         self._parking = self._assembly.parking()
         self._delivery = self._assembly.delivery(self._parking)

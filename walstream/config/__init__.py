@@ -726,6 +726,17 @@ class Config(BaseSettings):
         del settings_cls, dotenv_settings, file_secret_settings
         return env_settings, init_settings
 
+    @field_validator("sinks")
+    @classmethod
+    def _has_one_live_sink(cls, value: dict[str, SinkConfig]) -> dict[str, SinkConfig]:
+        live = [name for name, sink in value.items() if isinstance(sink, LiveSinkConfig)]
+        if len(live) > 1:
+            raise ValueError(
+                f"found {len(live)} of type live ({', '.join(live)}); allowed: one, which several"
+                " routes may lead to"
+            )
+        return value
+
     def own_tables(self) -> frozenset[Relation]:
         """Return the tables that are walstream's, which only routes that name them get."""
         schema = self.dead_letters.schema_name

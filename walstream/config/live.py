@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from walstream.config.section import Bytes, Seconds, Section
 
@@ -86,3 +86,10 @@ class JournalConfig(Section):
     max_bytes: Annotated[Bytes, Field(ge=1 << 20)] = 1 << 30
     max_age_seconds: Seconds = 7 * 86400.0
     durable: bool = False
+
+    @model_validator(mode="after")
+    def _has_path(self) -> Self:
+        given = sorted(self.model_fields_set - {"path"})
+        if self.path is None and given:
+            raise ValueError(f"{given[0]} is given, and no path: without one there is no journal")
+        return self

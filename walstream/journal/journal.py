@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
+
+import structlog
 
 from walstream.changes import Change
 from walstream.journal.attachments import Attachment
@@ -18,6 +21,11 @@ from walstream.lsn import Lsn
 from walstream.positions import BEGINNING, Position
 from walstream.vitals import JournalVitals
 from walstream.worker import Worker
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.journal")
+
+CLOSE_SECONDS: Final = 5.0
+"""So long a disk that does not answer is waited for at the end."""
 
 T = TypeVar("T")
 
@@ -79,19 +87,39 @@ class Journal:
             failure=writer.failure,
         )
 
-    async def open(self, history: str) -> None:
-        """Go on, or begin anew when the changes that are here were kept under other rules.
-
-        Opening it again only compares the rules.
-
-        Args:
-            history: stands for the rules; any text.
+    async def prepare(self) -> None:
+        """Take the file, before it is known what is kept in it.
 
         Raises:
             SetupError: another process writes it, or something has to be changed first.
             SinkFailed: it cannot be written to now.
         """
-        await self._call(self._writer.open, history)
+        await self._call(self._writer.prepare)
+
+    async def open(self, history: str, *, accept_gap: bool = False) -> None:
+        """Go on, or begin anew when the changes that are here were kept under other rules.
+
+        Opening it again only compares the rules.
+
+        Args:
+            history: stands for the rules; any text. Up to its first blank it says of what the
+                changes are.
+            accept_gap: begin anew also when what is here is of something else.
+
+        Raises:
+            SetupError: another process writes it, it is of something else, or something has to be
+                changed first.
+            SinkFailed: it cannot be written to now.
+        """
+        forgotten = await self._call(self._writer.open, history, accept_gap)
+        if forgotten:
+            log.warning(
+                "journal_begun_anew",
+                path=str(self.path),
+                changes=forgotten,
+                hint="the routes to the live sink, or their masks, are others than before, or the"
+                " server is on another timeline: what was kept is not given out any more",
+            )
         await self._reader.open()
         self._told = self.position
 
@@ -127,8 +155,16 @@ class Journal:
 
     async def close(self) -> None:
         """Let go of the file, behind what is being written."""
-        await self._reader.close()
-        await self._worker.call(self._writer.close)
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._reader.close()
+                await self._worker.call(self._writer.close)
+        except TimeoutError:  # its thread ends with the process
+            log.error(  # noqa: TRY400 - the reason says it all
+                "journal_not_closed",
+                path=str(self.path),
+                hint="the disk does not answer; what was appended before is in the file",
+            )
 
     async def read(self, after: Position, upto: Position) -> AsyncIterator[Sequence[Change]]:
         """Read what stands behind the one position, up to the other, in order and in pieces.

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 
 from walstream.changes import Change, Layout
-from walstream.errors import SinkFailed
+from walstream.errors import SetupError, SinkFailed
 from walstream.journal import file
 from walstream.journal.attachments import Attachment, load_attachment, save_attachment
 from walstream.journal.blocks import BLOCK_BYTES, Block, encoded
@@ -134,8 +134,8 @@ class Writer:
                 self.failure = failure.message
             raise
 
-    def open(self, history: str) -> None:
-        """Take the lock, open the file, and begin anew when it was kept under other rules.
+    def prepare(self) -> None:
+        """Take the lock, and open the file.
 
         Raises:
             SetupError: see `file.lock_to_write` and `file.connect_to_write`.
@@ -147,8 +147,27 @@ class Writer:
             except BaseException:
                 self.close()
                 raise
-        if self.state.history != history:
-            self._begin_anew(self._renewed(history=history))
+
+    def open(self, history: str, accept_gap: bool = False) -> int:  # noqa: FBT001, FBT002 - by a worker
+        """Begin anew when what is here was kept under other rules; return how much is forgotten.
+
+        Raises:
+            SetupError: as `prepare`; or what is here is of another slot or cluster.
+        """
+        self.prepare()
+        before = self.state
+        if before.history == history:
+            return 0
+        if before.changes and not accept_gap and _subject(before.history) != _subject(history):
+            raise SetupError(
+                f"the journal {self.path} has {before.changes} changes of"
+                f" {_subject(before.history) or 'something else'}, and this is"
+                f" {_subject(history)}",
+                hint="give each slot a file of its own (journal.path); --accept-gap begins this one"
+                " anew, and forgets what is in it",
+            )
+        self._begin_anew(self._renewed(history=history))
+        return before.changes
 
     def close(self) -> None:
         """Let go of the file and of the lock."""
@@ -472,6 +491,11 @@ class Writer:
                 hint="start walstream again: the journal begins anew, and clients that come back"
                 " are told so (reset)",
             )
+
+
+def _subject(history: str) -> str:
+    """Return of what the changes are that a history stands for."""
+    return history.partition(" ")[0]
 
 
 def _verify_order(changes: Sequence[Change], told: Position) -> None:

@@ -86,7 +86,7 @@ class Client:
     it has got, and reads what it missed from the history.
     """
 
-    __slots__ = ("_ended", "_max_bytes", "cohort", "end", "has_missed", "outflow")
+    __slots__ = ("_ended", "_last_bytes", "_max_bytes", "cohort", "end", "has_missed", "outflow")
 
     def __init__(self, cohort: Cohort, outflow: Outflow, max_queue_bytes: int) -> None:
         self.cohort = cohort
@@ -95,6 +95,7 @@ class Client:
         self.has_missed = False
         """Whether something was not sent, since it came after the end."""
         self._max_bytes = max_queue_bytes
+        self._last_bytes = 0
         self._ended: asyncio.Future[None] | None = None
 
     def has_ended(self) -> bool:
@@ -106,12 +107,13 @@ class Client:
         if self.end is not None:
             self.has_missed = True
             return
-        waiting = self.outflow.waiting_bytes
-        if waiting and waiting + len(data) > self._max_bytes:
+        # The last piece does not count: a row larger than the bound is no slowness.
+        if self.outflow.waiting_bytes - self._last_bytes > self._max_bytes:
             self.has_missed = True
             self.finish(End.SLOW)
         else:
             self.outflow.write(data)
+            self._last_bytes = len(data)
 
     def finish(self, end: End) -> None:
         """Let the stream end; what a slow client has not fetched is dropped."""

@@ -41,7 +41,10 @@ class History(Protocol):
     def vitals(self) -> JournalVitals | None:
         """Say how it is; None when it is in memory."""
 
-    async def open(self, history: str) -> None:
+    async def prepare(self) -> None:
+        """Take what is needed, before it is known what is kept."""
+
+    async def open(self, history: str, *, accept_gap: bool = False) -> None:
         """Begin, or go on; what was kept under other rules is forgotten."""
 
     async def append(self, changes: Sequence[Change]) -> None:
@@ -92,8 +95,12 @@ class Recent:
     def vitals(self) -> None:
         """Say nothing: there is no file."""
 
-    async def open(self, history: str) -> None:
+    async def prepare(self) -> None:
+        """Take nothing: it is memory."""
+
+    async def open(self, history: str, *, accept_gap: bool = False) -> None:
         """Begin, or go on; what was kept under other rules is forgotten."""
+        del accept_gap  # nobody asked for it to be kept
         if history != self._history:
             self._forget()
             self._history = history

@@ -71,6 +71,8 @@ class Hub:
     def __init__(self, catalog: Catalog, history: History) -> None:
         self.history = history
         self.position = BEGINNING
+        self.beginnings = 0
+        """How often what is kept began anew."""
         self.routes: Sequence[Route] = ()
         """Those that lead here: more than they keep nobody sees."""
         self.has_begun = False
@@ -184,21 +186,23 @@ class Hub:
 
     # What is published
 
-    async def begin(self, at: Lsn, history: str) -> None:
+    async def begin(self, at: Lsn, history: str, *, accept_gap: bool = False) -> None:
         """A session begins: the server sends what stands behind a position.
 
         Args:
             at: the position of the slot.
             history: tells apart the rules under which changes are kept: slot, cluster, routes.
+            accept_gap: forget what is kept of another slot or cluster.
 
         Raises:
             SetupError: the journal cannot be used.
         """
-        await self.history.open(history)
+        await self.history.open(history, accept_gap=accept_gap)
         if at > self.history.covered:
             # Others have taken what lies between, or nothing is known yet.
             await self.history.interrupt(at)
             self.position = Position.after(at)
+            self.beginnings += 1
             log.info("history_begun", position=str(self.position), clients=self.client_count)
             self._tell_reset()
         elif not self.has_begun:

@@ -90,7 +90,7 @@ class LayoutIndex(Generic[MemberT]):
         """Let go of a group."""
         group = self._groups.pop(key)
         for found in (*self._found.values(), self._leaving):
-            _take_out(found, group)
+            _take_out(found, group, self.layout)
 
     def candidates(self, change: Change) -> Iterator[Group[MemberT]]:
         """Go through the groups that may see the change; `View.look` says whether they do."""
@@ -119,7 +119,8 @@ class LayoutIndex(Generic[MemberT]):
             if found is not self._leaving:  # it is tried for each update as it is
                 found.scanned[group] = None
             return
-        column, key = next(iter(equalities.items()))
+        column = _chosen(group, self.layout)
+        key = equalities[column]
         by_value = found.by_column.get(column)
         if by_value is None:
             key_of = equality_key(self.layout.columns[column], self.layout.types)
@@ -140,11 +141,18 @@ def _by_value(found: _Found[MemberT], row: Row) -> Iterator[Group[MemberT]]:
             yield from by_value.groups.get(key, ())
 
 
-def _take_out(found: _Found[MemberT], group: Group[MemberT]) -> None:
+def _chosen(group: Group[MemberT], layout: Layout) -> str:
+    """Return the column that a group is found by: one of the key has few rows for a value."""
+    equalities = group.view.equalities
+    return next((name for name in layout.key if name in equalities), next(iter(equalities)))
+
+
+def _take_out(found: _Found[MemberT], group: Group[MemberT], layout: Layout) -> None:
     found.scanned.pop(group, None)
     if not group.view.equalities:
         return
-    column, key = next(iter(group.view.equalities.items()))
+    column = _chosen(group, layout)
+    key = group.view.equalities[column]
     by_value = found.by_column.get(column)
     if by_value is None:
         return

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 
 from walstream.changes import Change
+from walstream.journal import JournalTrimmed
 from walstream.live.clients import Client
 from walstream.live.hub import SLICE_BYTES, SLICE_SECONDS, Hub, Prepared, look_at
 from walstream.live.subscriptions import RequestRefused
@@ -32,8 +33,11 @@ class Replay:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         hub, client = self._hub, self._client
+        beginnings = hub.beginnings
         prepared = await hub.prepare(client.cohort)
         while not client.has_ended():  # who has ended is not told that it has got all
+            if hub.beginnings != beginnings:  # what was read is not connected with what comes
+                raise JournalTrimmed(hub.history.begins)
             if self.position >= hub.position:
                 if hub.join(client, prepared):
                     return
@@ -112,12 +116,14 @@ async def resolve(since: str, hub: Hub) -> Position | None:
     """Return behind what a client wants changes; None when the history does not reach back so far.
 
     Args:
-        since: the id of a change, an LSN, or a time as ISO 8601 has it.
+        since: the id of a change, an LSN, a time as ISO 8601 has it, or ``beginning``.
         hub: with the history.
 
     Raises:
         RequestRefused: it is none of these.
     """
+    if since == "beginning":
+        return hub.history.begins
     try:
         position = Position.parse(since)
     except ValueError:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from walstream.changes import Change
+from walstream.errors import SinkFailed, Unavailable
 from walstream.live.clients import End
 from walstream.live.hub import Hub
 from walstream.lsn import Lsn
@@ -27,19 +28,31 @@ class LiveSink:
         self.hub = hub
 
     async def open(self) -> None:
-        """Wait for the stream to begin: only then is it known what it goes on from."""
+        """Take the journal's file, before a slot is made for it.
 
-    async def begin(self, at: Lsn, history: str) -> None:
+        Only when the stream begins it is known what it goes on from.
+
+        Raises:
+            SetupError: the file cannot be had.
+            Unavailable: it cannot be had now: its disk is full, for example.
+        """
+        try:
+            await self.hub.history.prepare()
+        except SinkFailed as failure:
+            raise Unavailable(failure.message, hint=failure.hint) from failure
+
+    async def begin(self, at: Lsn, history: str, *, accept_gap: bool = False) -> None:
         """A session begins.
 
         Args:
             at: the position of the slot.
             history: see `history_of`.
+            accept_gap: forget what the journal has of another slot or cluster.
 
         Raises:
             SetupError: the journal cannot be used.
         """
-        await self.hub.begin(at, history)
+        await self.hub.begin(at, history, accept_gap=accept_gap)
 
     async def take(self, changes: Sequence[Change]) -> None:
         """Keep the changes, and let those who are there have them.
@@ -65,8 +78,9 @@ class LiveSink:
 def history_of(origin: str, routes: Sequence[Route], masking_key: bytes | None) -> str:
     """Say under which rules changes are kept: others must not be mixed with them.
 
-    ``origin`` is cluster, timeline and slot. What was received of a timeline that was left behind
-    may never have happened on the new one, and positions mean something else there.
+    ``origin`` is slot and cluster, then, behind a blank, the timeline. What was received of a
+    timeline that was left behind may never have happened on the new one, and positions mean
+    something else there.
 
     A column that is masked from now on would otherwise be read, as it was, from what is kept.
     """
@@ -83,8 +97,8 @@ def history_of(origin: str, routes: Sequence[Route], masking_key: bytes | None) 
         for route in routes
     ]
     key = hashlib.sha256(masking_key or b"").hexdigest()
-    text = msgspec.json.encode((origin, rules, key))
-    return hashlib.sha256(text).hexdigest()
+    text = msgspec.json.encode((rules, key))
+    return f"{origin} {hashlib.sha256(text).hexdigest()}"
 
 
 def _behind(position: Position, changes: Sequence[Change]) -> Sequence[Change]:

@@ -24,6 +24,7 @@ KEYS: Final = ("table", "operations", "where", "columns", "leaving")
 """The parameters of subscriptions; a request may have others beside them."""
 
 _PATTERNS: Final = (Operator.MATCH, Operator.IMATCH)
+_LIKES: Final = (Operator.LIKE, Operator.ILIKE)
 
 
 class RequestRefused(Exception):
@@ -59,6 +60,12 @@ class Subscription(msgspec.Struct, frozen=True):
         return operation in self.operations or (
             operation is Operation.READ and Operation.INSERT in self.operations
         )
+
+
+MAX_COMPARISONS: Final = 200
+MAX_PATTERNS: Final = 10
+MAX_PATTERN_CHARACTERS: Final = 200
+"""Of one request: each change is tested with all of it, and patterns cost most."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -97,7 +104,29 @@ def parse_subscriptions(
     if len(groups) > limits.max_subscriptions:
         message = f"{len(groups)} tables are asked for; allowed: {limits.max_subscriptions}"
         raise RequestRefused(429, message, hint="open another stream, or use public.*")
-    return [_subscription(group, limits) for group in groups]
+    subscriptions = [_subscription(group, limits) for group in groups]
+    _verify_cost(subscriptions)
+    return subscriptions
+
+
+def _verify_cost(subscriptions: Sequence[Subscription]) -> None:
+    """Refuse filters that would cost the stream of everybody too much."""
+    asked = [
+        comparison
+        for subscription in subscriptions
+        if subscription.where is not None
+        for comparison in comparisons(subscription.where)
+    ]
+    if len(asked) > MAX_COMPARISONS:
+        message = f"where: {len(asked)} comparisons in one request; allowed: {MAX_COMPARISONS}"
+        raise RequestRefused(400, message, hint="in.(...) is one comparison")
+    patterns = [one.values[0] for one in asked if one.operator in _LIKES]
+    if len(patterns) > MAX_PATTERNS:
+        message = f"where: {len(patterns)} patterns in one request; allowed: {MAX_PATTERNS}"
+        raise RequestRefused(400, message)
+    if any(len(pattern) > MAX_PATTERN_CHARACTERS for pattern in patterns):
+        message = f"where: a pattern has at most {MAX_PATTERN_CHARACTERS} characters"
+        raise RequestRefused(400, message)
 
 
 def _subscription(group: dict[str, str], limits: Limits) -> Subscription:
