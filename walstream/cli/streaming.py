@@ -187,8 +187,11 @@ def _tail_sink(*, is_recording: bool, json: bool) -> Sink:
     return TerminalSink("tail") if sys.stdout.isatty() else StdoutSink("tail")
 
 
-COLLECT_AFTER: Final = 20_000
-"""So many more objects than before, and Python looks for cycles among the young ones."""
+COLLECT_AFTER: Final = 5_000
+"""So many more objects than before, and Python looks for cycles among the young ones.
+
+What httpx leaves of each request is such a cycle; 20,000 would be 10 MB of them.
+"""
 
 
 def collect_less() -> None:
@@ -199,7 +202,7 @@ def collect_less() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECT_AFTER, 20, 20)
+    gc.set_threshold(COLLECT_AFTER, 10, 10)
 
 
 def load_app(path: str) -> Walstream:
