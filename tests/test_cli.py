@@ -149,7 +149,7 @@ def test_five_mistakes_in_a_file_are_five_lines(cli: CommandLine) -> None:
             "routes[0].operations[0]: found 'upsert'; allowed: 'insert', 'update', 'delete'",
             "routes[0].to: found 'b'; allowed: a",
             "routes[0].wheer: is not a key; allowed: table, operations, where, changed, columns",
-            "sinks.a.type: found 'fax'; allowed: 'stdout', 'file' or 'webhook'",
+            "sinks.a.type: found 'fax'; allowed: 'stdout', 'file', 'webhook' or 'live'",
             "slot.name: found 'My-Slot'; allowed: lower-case letters",
         ],
         strict=True,

@@ -89,7 +89,11 @@ class JournalConfig(Section):
 
     @model_validator(mode="after")
     def _has_path(self) -> Self:
-        given = sorted(self.model_fields_set - {"path"})
+        given = [
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.default
+        ]
         if self.path is None and given:
             raise ValueError(f"{given[0]} is given, and no path: without one there is no journal")
         return self
