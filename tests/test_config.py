@@ -203,10 +203,10 @@ def test_variables_that_belong_to_no_section_are_found(monkeypatch: pytest.Monke
 def test_there_is_one_live_sink() -> None:
     """A second one's changes would reach nobody."""
     with pytest.raises(ConfigError, match=r"found 2 of type live \(a, b\); allowed: one"):
-        parse({"sinks": {"a": {"type": "live"}, "b": {"type": "live"}}})
+        config.parse({"sinks": {"a": {"type": "live"}, "b": {"type": "live"}}})
 
 
 def test_bounds_of_a_journal_without_a_path_are_a_mistake() -> None:
     """Whoever gives them believes that there is one."""
     with pytest.raises(ConfigError, match="max_bytes is given, and no path"):
-        parse({"journal": {"max_bytes": "2GB"}})
+        config.parse({"journal": {"max_bytes": "2GB"}})
