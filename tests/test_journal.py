@@ -975,3 +975,14 @@ async def self_check(journal: Journal, model: Model) -> None:
             behind = [one for one in model.changes if Position.of(one) > before]
             assert [one for one in model.changes if one.commit_time >= time] == behind
             assert model.begins <= before <= model.position
+
+
+async def test_an_overrun_is_told(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row that is larger than there is room for takes everything with it."""
+    journal = journal_at(path, max_bytes=1 << 20)
+    await journal.open(HISTORY)
+    await journal.append(changes_of(1, 20))
+    await journal.append(changes_of(30, 30, size_bytes=1 << 20))
+    assert journal.begins == position_of(30)
+    assert "journal_overrun" in capsys.readouterr().out
+    await journal.close()

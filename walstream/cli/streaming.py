@@ -21,8 +21,8 @@ from walstream import logs
 from walstream.app import Walstream
 from walstream.cli.options import ConfigFile, Dsn, load_config, tell_ignored_environment
 from walstream.cli.reporting import report
-from walstream.config import RouteSpec, TracingConfig
-from walstream.config.live import HttpConfig
+from walstream.config import Config, RouteSpec, TracingConfig
+from walstream.config.live import HttpConfig, LiveSinkConfig
 from walstream.daemon import Daemon
 from walstream.destinations import Sink
 from walstream.errors import EX_OK, ConfigError, OutputClosed, UsageError, WalstreamError
@@ -74,6 +74,7 @@ def run(
     tell_ignored_environment()
     app = app or settings.handlers.app
     handlers = load_app(app).handlers if app else []
+    tell_unheard(settings)
     daemon = Daemon(settings, handlers, until=until, accept_gap=accept_gap)
     collect_less()
     try:
@@ -203,6 +204,15 @@ def collect_less() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER, 10, 10)
+
+
+def tell_unheard(settings: Config) -> None:
+    """Say that what is kept for clients by HTTP reaches nobody."""
+    has_live_sink = any(isinstance(sink, LiveSinkConfig) for sink in settings.sinks.values())
+    if has_live_sink and settings.http.listen is None:
+        log.warning("live_sink_unheard", hint="nothing listens: write listen under [http]")
+    if settings.journal.path is not None and not has_live_sink:
+        log.warning("journal_unused", hint='route tables to a sink of type = "live"')
 
 
 def load_app(path: str) -> Walstream:

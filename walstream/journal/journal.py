@@ -27,6 +27,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.journal")
 CLOSE_SECONDS: Final = 5.0
 """So long a disk that does not answer is waited for at the end."""
 
+OVERRUN_TOLD_SECONDS: Final = 60.0
+"""So seldom it is told that what comes is more than there is room for."""
+
 T = TypeVar("T")
 
 
@@ -55,6 +58,7 @@ class Journal:
         self._writer = Writer(self.path, Bounds(max_bytes, max_age_seconds), durable=durable)
         self._reader = JournalReader(self.path)
         self._told = BEGINNING
+        self._overrun_told_at = -OVERRUN_TOLD_SECONDS
 
     @property
     def begins(self) -> Position:
@@ -135,6 +139,21 @@ class Journal:
         if changes:
             await self._call(self._writer.append, changes, self._told)
             self._told = self.position
+            if self._writer.state.changes < len(changes):
+                self._tell_overrun(len(changes))
+
+    def _tell_overrun(self, appended: int) -> None:
+        now = time.monotonic()
+        if now - self._overrun_told_at >= OVERRUN_TOLD_SECONDS:
+            self._overrun_told_at = now
+            log.warning(
+                "journal_overrun",
+                path=str(self.path),
+                appended=appended,
+                kept=self._writer.state.changes,
+                hint="what came at once is larger than there is room for, and all that was kept"
+                " before is gone: raise journal.max_bytes, of which one row may take an eighth",
+            )
 
     async def cover(self, lsn: Lsn) -> None:
         """Note that all changes up to a position were appended; also removes what is too old.
