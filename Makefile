@@ -2,6 +2,8 @@
 
 PYTHON := .venv/bin/python
 ARGS ?=
+# Each worker has a private server of its own; one that is given would run out of slots.
+WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test faults soak check bench bench-fanout format containers lock setup setup-python setup-browser clean
@@ -14,7 +16,7 @@ demo: setup ## walstream on a throwaway PostgreSQL (ARGS="--seconds 20")
 
 # Private clusters are skipped where another server is given and no programs are there.
 test: $(if $(WALSTREAM_TEST_DSN),setup-python,setup) setup-browser ## the tests (ARGS="-k slot"); WALSTREAM_TEST_DSN names a server to use
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest $(if $(WALSTREAM_TEST_DSN),,$(WORKERS)) $(ARGS)
 
 faults: setup ## 500 faults of network, server, disk and people (WALSTREAM_FAULTS, WALSTREAM_FAULTS_SEED)
 	$(PYTHON) -m pytest -m faults $(ARGS)

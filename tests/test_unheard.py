@@ -17,6 +17,7 @@ LIVE: dict[str, Any] = {"sinks": {"live": {"type": "live"}}}
     [
         (LIVE, ["live_sink_unheard"]),
         (LIVE | {"http": {"listen": "127.0.0.1:0"}}, []),
+        (LIVE | {"journal": {"path": "journal.sqlite3"}}, []),
         ({"journal": {"path": "journal.sqlite3"}}, ["journal_unused"]),
         ({}, []),
     ],

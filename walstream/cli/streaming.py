@@ -207,9 +207,9 @@ def collect_less() -> None:
 
 
 def tell_unheard(settings: Config) -> None:
-    """Say that what is kept for clients by HTTP reaches nobody."""
+    """Say that what is taken for clients by HTTP reaches nobody; a journal can be replayed."""
     has_live_sink = any(isinstance(sink, LiveSinkConfig) for sink in settings.sinks.values())
-    if has_live_sink and settings.http.listen is None:
+    if has_live_sink and settings.http.listen is None and settings.journal.path is None:
         log.warning("live_sink_unheard", hint="nothing listens: write listen under [http]")
     if settings.journal.path is not None and not has_live_sink:
         log.warning("journal_unused", hint='route tables to a sink of type = "live"')
