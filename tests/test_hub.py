@@ -231,7 +231,7 @@ def seen(cohort_of: Client, change: Change) -> bytes | None:
         view = View(subscription, sight, change.layout, texts)
         look = view.look(change)
         if look is not None:
-            return cohort.encoding.frame(view.show(change, look)).strip()
+            return cohort.encoding.form.write(view, change, look).strip()
     return None
 
 

@@ -25,6 +25,7 @@ from walstream.live.hub import Hub
 from walstream.live.sink import LiveSink
 from walstream.live.streams import Beginning, serve
 from walstream.live.subscriptions import Subscription
+from walstream.live.views import Look, View
 from walstream.lsn import Lsn
 from walstream.positions import Position
 from walstream.projection import Projection
@@ -97,11 +98,11 @@ class Failing(type(JSON_LINES)):  # type: ignore[misc]
 
     bad: Change | None = None
 
-    def frame(self, change: Change) -> bytes:
+    def write(self, view: View, change: Change, look: Look) -> bytes:
         if change is self.bad:
             self.bad = None
             raise ValueError
-        return bytes(super().frame(change))
+        return bytes(super().write(view, change, look))
 
 
 async def test_changes_before_one_that_cannot_be_written_are_sent(clients: Clients) -> None:

@@ -26,7 +26,7 @@ from walstream.errors import (
     HistoryMissing,
     UsageError,
 )
-from walstream.history import HistoryReplay, HistoryReport, Wish
+from walstream.journal_replay import HistoryReplay, HistoryReport, Wish
 from walstream.moments import parse_moment
 from walstream.positions import BEGINNING, Position
 

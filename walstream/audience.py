@@ -86,7 +86,7 @@ class Audience:
         live = self._live
         if live is None or self._identity is None:
             return
-        live.hub.routes = self._assembly.live_routes()
+        live.hub.requests.routes = self._assembly.live_routes()
         history = self._assembly.live_history(self._identity)
         if history == self._history and live.hub.has_begun:
             return

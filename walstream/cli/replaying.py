@@ -14,7 +14,7 @@ from walstream.cli.routing import App, load_handlers
 from walstream.cli.streaming import leave
 from walstream.config import RouteSpec, StdoutSinkConfig
 from walstream.errors import UsageError, WalstreamError
-from walstream.history import HistoryReplay, HistoryReport, Wish
+from walstream.journal_replay import HistoryReplay, HistoryReport, Wish
 from walstream.moments import FROM_BEGINNING, Moment, parse_moment
 from walstream.positions import BEGINNING
 from walstream.service import run_until_signal

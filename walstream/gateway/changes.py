@@ -117,7 +117,7 @@ class _Changes:
         subscriptions = parse_subscriptions(parameters, self._limits)
         if not hub.has_begun:
             raise RequestRefused(503, "the stream has not begun yet", hint="try again")
-        await hub.check(subscriptions, reader)
+        await hub.requests.check(subscriptions, reader)
         values = dict(parameters)
         is_page = values.get("until") is not None
         since = headers.get("last-event-id") or values.get("since") or None

@@ -7,21 +7,11 @@ from collections.abc import Hashable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
+from walstream.access.readers import Reader
 from walstream.changes import Layout
 from walstream.live.encodings import Encoding
 from walstream.live.subscriptions import Subscription
-from walstream.live.views import Sight, View
-
-
-class Reader(Protocol):
-    """Who reads; readers with equal ``grants`` see the same."""
-
-    @property
-    def grants(self) -> Hashable:
-        """What decides what is seen."""
-
-    def sight(self, layout: Layout) -> Sight | None:
-        """Return what may be seen of a table; None for nothing of it."""
+from walstream.live.views import View
 
 
 class End(StrEnum):

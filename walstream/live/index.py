@@ -14,7 +14,7 @@ import msgspec
 from walstream.changes import Change, Layout, Operation, Row
 from walstream.errors import DecodeError
 from walstream.filters import equality_key
-from walstream.live.encodings import Encoding
+from walstream.live.encodings import Form
 from walstream.live.views import View, updated_row
 
 _UPDATE: Final = Operation.UPDATE
@@ -33,16 +33,16 @@ MemberT = TypeVar("MemberT", bound=Member)
 
 
 class Group(Generic[MemberT]):
-    """A view, the encoding it is wanted in, and who has it.
+    """A view, the form it is wanted in, and who has it.
 
     ``members`` have it with the rank that it has among their views.
     """
 
-    __slots__ = ("encoding", "members", "view")
+    __slots__ = ("form", "members", "view")
 
-    def __init__(self, view: View, encoding: Encoding) -> None:
+    def __init__(self, view: View, form: Form) -> None:
         self.view = view
-        self.encoding = encoding
+        self.form = form
         self.members: dict[MemberT, int] = {}
 
 

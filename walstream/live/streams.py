@@ -10,7 +10,7 @@ from walstream.errors import SinkFailed, Unavailable, WalstreamError
 from walstream.journal import JournalTrimmed
 from walstream.live.clients import Client, End
 from walstream.live.hub import Hub
-from walstream.live.replays import Replay, resolve
+from walstream.live.missed import Missed, resolve
 from walstream.live.subscriptions import RequestRefused
 from walstream.positions import Position
 
@@ -77,7 +77,7 @@ async def serve(hub: Hub, client: Client, beginning: Beginning, heartbeat_second
 async def _replay(hub: Hub, client: Client, begin: Position) -> None:
     while not client.has_ended():
         try:
-            async for piece in Replay(hub, client, begin):
+            async for piece in Missed(hub, client, begin):
                 client.outflow.write(piece)
                 await client.outflow.room()
                 if client.has_ended():
@@ -110,7 +110,7 @@ async def page(hub: Hub, client: Client, begin: Position) -> None:
     """Give a client what there is at this moment, and where to go on from."""
     upto = max(begin, hub.position)
     try:
-        async for piece in Replay(hub, client, begin).read(upto):
+        async for piece in Missed(hub, client, begin).read(upto):
             client.outflow.write(piece)
             await client.outflow.room()
             if client.end is not None:  # or it would be taken for all there is

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
+from walstream.access.readers import Sight
 from walstream.changes import Change, Column, Layout, Operation, Row
 from walstream.errors import DecodeError, FilterError
 from walstream.filters import (
@@ -38,24 +39,6 @@ from walstream.projection import Projection
 _UPDATE: Final = Operation.UPDATE
 _DELETE: Final = Operation.DELETE
 _TRUNCATE: Final = Operation.TRUNCATE
-
-
-class Sight(Protocol):
-    """What a reader may see of a table; equal ones are equal and have one hash."""
-
-    @property
-    def projection(self) -> Projection | None:
-        """Which columns, and which of them masked."""
-
-    @property
-    def where(self) -> Filter | None:
-        """Which rows."""
-
-    def reads(self, column: str) -> bool:
-        """Whether a column is seen as it is."""
-
-    def __hash__(self) -> int:
-        """Hash by value."""
 
 
 class Look(IntEnum):
@@ -78,6 +61,7 @@ class View:
         "_wants",
         "equalities",
         "may_leave",
+        "rank",
         "shape",
         "sight",
         "subscription",
@@ -89,6 +73,7 @@ class View:
         sight: Sight,
         layout: Layout,
         normalised: Mapping[Literal, str],
+        rank: int = 0,
     ) -> None:
         """Compile.
 
@@ -97,12 +82,14 @@ class View:
             sight: what may be seen.
             layout: of the changes.
             normalised: what the server made of each of `literals_of`.
+            rank: which of a client's subscriptions it is.
 
         Raises:
             FilterError: a filter does not fit the layout's types.
         """
         self.subscription = subscription
         self.sight = sight
+        self.rank = rank
         self._layout = layout
         self._condition = _compiled(subscription.where, layout, normalised)
         self._sight_condition = _compiled(sight.where, layout, normalised)

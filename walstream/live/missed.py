@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from datetime import datetime
 
 from walstream.changes import Change
 from walstream.journal import JournalTrimmed
 from walstream.live.clients import Client
-from walstream.live.hub import SLICE_BYTES, SLICE_SECONDS, Hub, Prepared, look_at
+from walstream.live.encodings import Sighting
+from walstream.live.hub import SLICE_BYTES, Hub, Prepared, look_at
 from walstream.live.subscriptions import RequestRefused
+from walstream.live.turns import SLICE_SECONDS
 from walstream.positions import Position
 from walstream.values import UnknownLabel
 
 
-class Replay:
+class Missed:
     """Reads for one client what it missed, until nothing lies between that and live.
 
     ::
@@ -105,11 +107,18 @@ class Replay:
         return done, True, frames
 
     def _frame(self, change: Change, views: Prepared) -> bytes | None:
+        encoding = self._client.cohort.encoding
+        bodies: dict[Hashable, bytes] = {}
+        sightings: list[Sighting] = []
         for view in views[change.layout]:
             look = look_at(view, change, strict=not self._has_renewed)
-            if look is not None:
-                return self._client.cohort.encoding.frame(view.show(change, look))
-        return None
+            if look is None:
+                continue
+            key = (view.shape, look)
+            if key not in bodies:
+                bodies[key] = encoding.form.write(view, change, look)
+            sightings.append((view.rank, bodies[key]))
+        return encoding.address(sightings) if sightings else None
 
 
 async def resolve(since: str, hub: Hub) -> Position | None:

@@ -1,0 +1,140 @@
+"""What a client may ask for: tables that come here, columns that it reads, values of their types.
+
+Of what a reader may not see nothing is told, not even whether it is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from walstream.access.readers import Reader, Sight
+from walstream.catalog import Catalog, Table
+from walstream.changes import Layout, Relation
+from walstream.errors import FilterError, Unavailable
+from walstream.filters import literals
+from walstream.live.literals import Literals
+from walstream.live.subscriptions import RequestRefused, Subscription, named_columns
+from walstream.live.views import literals_of
+from walstream.offline import read_offline
+from walstream.router import Route
+
+MAX_ASKED: Final = 100
+"""Values of one filter that the server is asked about: the stream asks by the same connection."""
+
+MAX_TABLES: Final = 512
+
+TABLE_SECONDS: Final = 10.0
+"""So long an answer of the catalog is good for those who subscribe."""
+
+
+class Requests:
+    """Verifies what clients ask for before they get anything."""
+
+    def __init__(self, catalog: Catalog, literals: Literals) -> None:
+        self.routes: Sequence[Route] = ()
+        """Those that lead to the clients: more than they keep nobody sees."""
+        self._catalog = catalog
+        self._literals = literals
+        self._tables: dict[Relation, tuple[float, Table | None]] = {}
+
+    async def check(self, subscriptions: Sequence[Subscription], reader: Reader) -> None:
+        """Refuse what the reader may not ask for, or what cannot be read.
+
+        Of what it may not see nothing is told, not even whether it is there.
+
+        Raises:
+            RequestRefused: with the status and the reason.
+        """
+        try:
+            for subscription in subscriptions:
+                await self._check(subscription, reader)
+        except FilterError as error:
+            raise RequestRefused(400, f"where: {error.message}", hint=error.hint) from None
+        except Unavailable:
+            raise RequestRefused(503, "the database cannot be asked at this moment") from None
+
+    async def _check(self, subscription: Subscription, reader: Reader) -> None:
+        relation = subscription.pattern.relation
+        if relation is None:
+            await self._check_pattern(subscription, reader)
+            return
+        table = await self._table(relation)
+        layout = _layout_of(relation, table, self._catalog)
+        sight = reader.sight(layout)
+        if sight is None:
+            raise RequestRefused(403, f"{relation} may not be read")
+        if table is None:
+            raise RequestRefused(404, f"there is no table {relation}")
+        if not any(route.wants(relation, layout.ancestors) for route in self.routes):
+            hint = "a [[routes]] that leads to the live sink decides what can be asked for"
+            raise RequestRefused(404, f"no changes of {relation} come here", hint=hint)
+        self._check_columns(subscription, sight, layout)
+        await self._catalog.learn_types(layout.columns.values())
+        await self._check_condition(sight, layout)
+        asked = literals_of(subscription, sight, layout)
+        if sum(read_offline(literal, layout.types) is None for literal in asked) > MAX_ASKED:
+            message = f"where: more than {MAX_ASKED} values that only the server can read"
+            raise RequestRefused(400, message, hint="write them as the server prints them")
+        await self._literals.normalise(asked, layout)
+
+    async def _check_condition(self, sight: Sight, layout: Layout) -> None:
+        """Refuse when the role's own condition does not fit; it may name what is hidden."""
+        if sight.where is None:
+            return
+        try:
+            await self._literals.normalise(
+                literals(sight.where, layout.columns, layout.types), layout
+            )
+        except FilterError:
+            hint = "the role's condition on rows does not fit the table, or the token's claims"
+            message = f"{layout.relation} may not be read"
+            raise RequestRefused(403, message, hint=hint) from None
+
+    async def _check_pattern(self, subscription: Subscription, reader: Reader) -> None:
+        pattern = subscription.pattern
+        for relation in await self._catalog.tables(pattern.schema, pattern.name):
+            layout = _layout_of(relation, await self._table(relation), self._catalog)
+            if reader.sight(layout) is not None:
+                return
+        raise RequestRefused(403, f"{pattern} may not be read")
+
+    def _check_columns(self, subscription: Subscription, sight: Sight, layout: Layout) -> None:
+        known = layout.columns
+        projection = sight.projection
+        for name in sorted(named_columns(subscription)):
+            if name not in known or not sight.reads(name) or self._is_masked(name, layout):
+                raise RequestRefused(403, f"where: the column {name!r} may not be read")
+        for name in sorted(subscription.columns or ()):
+            if name not in known or not (projection is None or projection.passes(name)):
+                raise RequestRefused(403, f"columns: the column {name!r} may not be read")
+
+    def _is_masked(self, name: str, layout: Layout) -> bool:
+        """Whether no route passes the column on as it is."""
+        leading = [one for one in self.routes if one.wants(layout.relation, layout.ancestors)]
+        return not any(one.projection is None or one.projection.shows(name) for one in leading)
+
+    async def _table(self, relation: Relation) -> Table | None:
+        now = time.monotonic()
+        asked_at, table = self._tables.get(relation, (now - TABLE_SECONDS - 1, None))
+        if now - asked_at > TABLE_SECONDS:
+            table = await self._catalog.table(relation)
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            self._tables[relation] = (now, table)
+        return table
+
+
+def _layout_of(relation: Relation, table: Table | None, catalog: Catalog) -> Layout:
+    columns = () if table is None else table.columns
+    return Layout(
+        relation=relation,
+        names=[column.name for column in columns],
+        typeoids=[column.typeoid for column in columns],
+        key=[] if table is None else list(table.key),
+        types=catalog.types,
+        ancestors=() if table is None else table.ancestors,
+        columns={column.name: column.typeoid for column in columns},
+        in_catalog=table is not None,
+    )
