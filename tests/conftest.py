@@ -17,6 +17,7 @@ import pytest
 import structlog
 
 from tests import postgres
+from tests.node_packages import node_packages
 from tests.postgres import Database
 from walstream.cluster import PrivateCluster, ServerPrograms
 from walstream.testing import StartCluster
@@ -98,3 +99,10 @@ def wait_until() -> Callable[..., Any]:
 def async_wait_until() -> Callable[..., Any]:
     """As ``wait_until``, to be awaited; the condition may be a coroutine function."""
     return postgres.async_wait_until
+
+
+@pytest.fixture(scope="session")
+def node_folder(request: pytest.FixtureRequest) -> Path:
+    """A folder with the stock clients for Node; without node or npm the test is skipped."""
+    assert request.config.cache is not None
+    return node_packages(request.config.cache.mkdir("node"))

@@ -24,7 +24,7 @@ from rich.pretty import pretty_repr
 from structlog.testing import capture_logs
 
 from tests.postgres import async_wait_until
-from walstream.access import Gate, Reader, ReaderRefused, Sight
+from walstream.access import Cause, Gate, Reader, ReaderRefused, Sight
 from walstream.access.jwks import MAX_BYTES, OLD_SECONDS, PAUSE_SECONDS, RETRY_SECONDS, Jwks
 from walstream.access.keys import key_set, public_key, secret_key
 from walstream.changes import Layout, Relation
@@ -282,6 +282,98 @@ async def test_who_it_is_is_not_known_by_a_token(token: str) -> None:
     error = await refused(text)
     assert error.status == 401
     assert reason in error.reason
+
+
+CAUSES: Final[dict[str, Cause]] = {
+    "expired": Cause.EXPIRED,
+    "expired long ago": Cause.EXPIRED,
+    "without an end": Cause.INCOMPLETE,
+    "with an end of null": Cause.INCOMPLETE,
+    "unsigned": Cause.SIGNATURE,
+    "of another algorithm": Cause.SIGNATURE,
+    "signed by another secret": Cause.SIGNATURE,
+    "signed by no secret": Cause.SIGNATURE,
+    "without its signature": Cause.SIGNATURE,
+    "not yet": Cause.MALFORMED,
+    "garbage": Cause.MALFORMED,
+    "of two parts": Cause.MALFORMED,
+    "too long": Cause.MALFORMED,
+}
+
+
+@pytest.mark.parametrize("token", CAUSES)
+async def test_a_refusal_tells_its_cause(token: str) -> None:
+    error = await refused(NOT_BELIEVED[token][0])
+    assert error.cause is CAUSES[token]
+    assert (error.expired_seconds_ago is not None) == (error.cause is Cause.EXPIRED)
+
+
+async def test_an_expired_token_is_told_for_how_long_it_is() -> None:
+    error = await refused(signed(exp=int(time.time()) - 60))
+    assert 60 <= (error.expired_seconds_ago or 0) < 75
+    forged = signed("x" * 40, exp=NOW - 60)
+    assert (await refused(forged)).expired_seconds_ago is None, "its signature is wrong"
+
+
+async def test_other_refusals_tell_their_causes() -> None:
+    assert (await refused(None)).cause is Cause.MISSING
+    assert (await refused(signed(role=None))).cause is Cause.INCOMPLETE
+    assert (await refused(signed(role="other"))).cause is Cause.FORBIDDEN
+    assert (await refused(signed(sub=None))).cause is Cause.FORBIDDEN
+    assert ReaderRefused(503, "").cause is Cause.UNAVAILABLE
+
+
+# ---- Keys that are no tokens
+
+
+API_KEY: Final = "sb_publishable_0123456789"
+OPEN: Final[dict[str, Any]] = {"tables": [{"table": "public.news"}]}
+TWO_ROLES: Final = {"viewer": VIEWER, "anon": OPEN}
+
+
+def keyed(**key: Any) -> dict[str, Any]:
+    return {"roles": TWO_ROLES, "api_keys": [{"role": "anon"} | key]}
+
+
+async def test_an_api_key_stands_for_a_role(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(API_KEY + "\n")
+    for content in (keyed(key=API_KEY), keyed(key_file=tmp_path / "key")):
+        reader = await admitted(API_KEY, **content)
+        assert (reader.role, reader.claims, reader.expires_at) == ("anon", {}, None)
+        assert (await admitted(signed(), **content)).role == "viewer", "tokens go on to count"
+        for wrong in (API_KEY[:-1], API_KEY + "0", API_KEY.upper(), API_KEY + "é", ""):
+            assert (await refused(wrong, **content)).status == 401
+
+
+async def test_api_keys_need_no_key_for_tokens() -> None:
+    content = keyed(key=API_KEY)
+    gate = Gate(AccessConfig(**content))
+    assert (await gate.admit(API_KEY)).role == "anon"
+    with pytest.raises(ReaderRefused, match="tokens are not taken here"):
+        await gate.admit(signed())
+    assert API_KEY not in repr(AccessConfig(**content))
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ({"key": API_KEY, "role": "other"}, "found 'other'; allowed: viewer, anon"),
+        ({"key": API_KEY, "role": "viewer"}, "needs the claim sub"),
+        ({"key": "short"}, "found 5 characters"),
+        ({"key": API_KEY + " "}, "found blanks"),
+        ({}, "needs key or key_file"),
+        ({"key": API_KEY, "key_file": "/dev/null"}, "needs key or key_file"),
+    ],
+)
+def test_an_api_key_that_is_none_is_a_mistake(key: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        AccessConfig(**keyed(**key))
+
+
+def test_a_file_of_an_api_key_is_read_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("short")
+    with pytest.raises(ConfigError, match=r"api_keys\[0\].key_file: found 5 characters"):
+        Gate(AccessConfig(**keyed(key_file=tmp_path / "key")))
 
 
 async def test_a_token_that_was_changed_is_refused() -> None:

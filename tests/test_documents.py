@@ -225,6 +225,8 @@ _KEYED: Final = {
     "sinks": ".<name>",
     "access.roles": ".<name>",
     "access.roles.<name>.tables": "[]",
+    "access.api_keys": "[]",
+    "realtime.private": "[]",
 }
 
 
@@ -272,12 +274,15 @@ def test_defaults_are_as_documented() -> None:
     assert wrong == []
 
 
+_NESTED: Final = ("routes", "sinks", "access.roles.", "access.api_keys[", "access.row_security.")
+
+
 def test_environment_variables_are_as_documented() -> None:
     variables = {key: code(row[4])[0] for key, row in documented_keys().items() if len(row) > 4}
     assert variables == {
         key: f"WALSTREAM_{key.replace('.', '_').upper()}"
         for key in keys()
-        if not key.startswith(("routes", "sinks", "access.roles."))
+        if not key.startswith(_NESTED)
     }
 
 

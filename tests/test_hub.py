@@ -268,7 +268,7 @@ class Scenario:
         self.hub = SlowHub(FakeCatalog(), Recent(kept, 1 << 30))
         self.sink = LiveSink("live", self.hub)
         self.published: list[Change] = []
-        self.clients: list[tuple[Client, Sent, Position, asyncio.Task[None]]] = []
+        self.clients: list[tuple[Client, Sent, Position, asyncio.Task[Any]]] = []
 
     async def run(self, script: Sequence[tuple[str, Any]]) -> None:
         await self.sink.begin(Lsn(1), "rules")

@@ -17,7 +17,7 @@ from tests.test_live_bursts import READER
 from walstream.access import Grant, Reader, Sight
 from walstream.changes import Change, Layout, Relation
 from walstream.filters import parse
-from walstream.gateway.streams import DirectStream
+from walstream.gateway.rounds import DirectStream
 from walstream.live.clients import Client, End
 from walstream.live.encodings import JSON_LINES, Encoding
 from walstream.live.history import Recent

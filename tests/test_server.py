@@ -30,9 +30,11 @@ from tests.serving import (
     port_of,
     serving,
 )
-from walstream.gateway import Gateway, listening, server
+from walstream.gateway import Gateway, listening, server, shared, stalls
+from walstream.gateway import connection as http_connection
 from walstream.gateway import streams as gateway_streams
-from walstream.gateway.streams import Ended, Rounds
+from walstream.gateway.rounds import Rounds
+from walstream.gateway.streams import Ended
 
 LATE_SECONDS: Final = 0.05
 """A heartbeat may be so late while clients misbehave."""
@@ -137,7 +139,7 @@ class _Plain:
 async def test_a_stream_outlives_the_deadline_of_requests(
     monkeypatch: pytest.MonkeyPatch, async_wait_until: Waits, logged: list[Any]
 ) -> None:
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(http_connection, "REQUEST_SECONDS", 0.05)
     streams = Streams()
 
     async with serving(streams, more=[Route("/plain", _Plain())]) as gateway:
@@ -240,7 +242,7 @@ async def test_a_client_that_catches_up_has_missed_nothing(async_wait_until: Wai
 async def test_a_client_that_never_reads_is_cut_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, async_wait_until: Waits, logged: list[Any]
 ) -> None:
-    monkeypatch.setattr(server, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(stalls, "STALL_SECONDS", 0.1)
     streams = Streams()
     async with serving(streams) as gateway:
         reader, writer = await connect(gateway, get("/stream"))
@@ -264,7 +266,7 @@ async def test_a_client_that_never_reads_is_cut_and_holds_up_nobody(
 
 
 async def test_a_slow_reader_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(stalls, "STALL_SECONDS", 0.1)
     streams = Streams()
     async with serving(streams) as gateway:
         reader, writer = await connect(gateway, get("/stream"))
@@ -445,7 +447,7 @@ async def test_a_thousand_clients_that_connect_at_once_do_not_hold_up_the_loop(
 async def test_streams_cannot_take_the_place_of_health_and_metrics(
     monkeypatch: pytest.MonkeyPatch, async_wait_until: Waits, logged: list[Any]
 ) -> None:
-    monkeypatch.setattr(server, "RESERVED", 2)
+    monkeypatch.setattr(shared, "RESERVED", 2)
     streams = Streams()
     async with serving(streams, max_connections=3) as gateway:
         held = [await connect(gateway, get("/stream")) for _ in range(3)]
@@ -579,7 +581,7 @@ async def test_many_small_headers_and_a_long_address_are_large_too() -> None:
 async def test_bodies_are_bounded(logged: list[Any]) -> None:
     async with serving(Streams()) as gateway:
         async with httpx.AsyncClient(base_url=f"http://{gateway.address}") as client:
-            body = b"x" * server.BODY_BYTES
+            body = b"x" * http_connection.BODY_BYTES
             assert (await client.post("/echo", content=body)).json()["body"] == len(body)
         reader, writer = await connect(
             gateway,
@@ -595,7 +597,7 @@ async def test_bodies_are_bounded(logged: list[Any]) -> None:
 async def test_a_body_that_nobody_wants_does_not_hold_the_connection(
     monkeypatch: pytest.MonkeyPatch, async_wait_until: Waits
 ) -> None:
-    monkeypatch.setattr(server, "_LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(http_connection, "_LINGER_SECONDS", 0.05)
     async with serving(Streams()) as gateway:
         reader, writer = await connect(
             gateway,
@@ -613,7 +615,7 @@ async def test_half_requests_are_given_up_and_do_not_hold_up_the_loop(
     monkeypatch: pytest.MonkeyPatch, logged: list[Any]
 ) -> None:
     """Slowloris: many connections, each with a byte now and then."""
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(http_connection, "REQUEST_SECONDS", 0.3)
     halves = (
         b"",
         b"\r\n",
@@ -654,7 +656,7 @@ async def test_unknown_methods_and_upgrades_are_answered_by_http() -> None:
         for request, status in (
             (b"BREW /echo HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
             (b"PROPFIND /echo HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b"405"),
-            (get("/echo", "Connection: Upgrade", "Upgrade: websocket"), b"200"),
+            (get("/echo", "Connection: Upgrade", "Upgrade: websocket"), b"400"),
             (get("/echo", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"), b"200"),
             (b"GET /echo HTTP/1.1\r\nConnection: close\r\n\r\n", b"400"),
             (get("/echo", "Host: other", "Connection: close"), b"400"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -29,11 +28,11 @@ import pytest
 
 from tests.command_line import CommandLine, slot_name
 from tests.live_service import ANYBODY, Event, LiveService, events_of, live_service
+from tests.node_packages import skip
 from tests.postgres import wait_until
 from tests.proxy import Direction, Proxy
 from walstream.testing import Database
 
-NODE: Final = Path(__file__).parent / "node"
 NOTES: Final = ("streaming", "position", "reset", "end")
 RETRY_SECONDS: Final = 0.05
 SCHEMA: Final = """
@@ -186,44 +185,12 @@ class NodeEventSource(_Program):
 MakeClient: TypeAlias = Callable[[str], StockClient]
 
 
-@pytest.fixture(scope="session")
-def node_folder(request: pytest.FixtureRequest) -> Path:
-    """A folder with the package, kept for the next run; without node or npm the test is skipped."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        _skip("needs node and npm")
-    assert request.config.cache is not None
-    folder = request.config.cache.mkdir("node")
-    for name in ("package.json", "package-lock.json", "read.mjs"):
-        shutil.copy(NODE / name, folder)
-    installed = folder / "node_modules" / "eventsource" / "package.json"
-    locked = json.loads((NODE / "package-lock.json").read_text())["packages"]
-    version = locked["node_modules/eventsource"]["version"]
-    if not installed.exists() or json.loads(installed.read_text())["version"] != version:
-        done = subprocess.run(
-            ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],  # noqa: S607
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if done.returncode:
-            _skip("npm cannot install the package eventsource")
-    return folder
-
-
-def _skip(reason: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.fixture(params=["curl", "httpx-sse", "eventsource"])
 def make_client(request: pytest.FixtureRequest) -> MakeClient:
     match request.param:
         case "curl":
             if shutil.which("curl") is None:
-                _skip("needs curl")
+                skip("needs curl")
             return Curl
         case "httpx-sse":
             return HttpxSse

@@ -19,6 +19,7 @@ from walstream.vitals import (
     LostCount,
     Outcome,
     Phase,
+    RealtimeVitals,
     SlotVitals,
     Vitals,
 )
@@ -84,6 +85,14 @@ def full(**differs: Any) -> Vitals:
             published_changes=1000,
             sent_changes=50_000,
             ended={"left": 40, "slow": 1},
+        ),
+        realtime=RealtimeVitals(
+            sockets=400,
+            channels=600,
+            rooms=30,
+            presences=90,
+            broadcasts=700,
+            sent_broadcasts=9000,
         ),
     )
     return msgspec.structs.replace(vitals, **differs)

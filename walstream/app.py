@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import msgspec
 import structlog
 
 from walstream import config as configuration
@@ -289,7 +290,11 @@ class Walstream:
         if self._daemon is None:
             stopped, slot_name = Phase.STOPPED, ""
             return Vitals(stopped, 0.0, slot_name, is_ready=False, is_alive=True)
-        return self._daemon.vitals()
+        vitals = self._daemon.vitals()
+        if vitals.realtime is None and self._mounted:
+            realtime = self._mounted[-1].realtime_vitals()
+            vitals = msgspec.structs.replace(vitals, realtime=realtime)
+        return vitals
 
     @property
     def is_ready(self) -> bool:

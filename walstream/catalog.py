@@ -285,7 +285,9 @@ class Catalog:
             except psycopg.DataError as error:
                 reason = error.diag.message_primary or type(error).__name__
                 message = f"column {literal.column} of type {literal.type_name}: {reason}"
-                raise FilterError(message) from None
+                raise FilterError(
+                    message, sqlstate=error.diag.sqlstate or "", reason=reason
+                ) from None
             except psycopg.Error as error:
                 raise server_error(error) from error
             answers[literal] = row[0]

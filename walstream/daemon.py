@@ -129,6 +129,7 @@ class Daemon:
         self._audience = Audience(self._assembly, accept_gap=accept_gap)
         self._catalog = self._assembly.catalog
         self._parking = self._assembly.parking()
+        self._parts: Parts | None = None
         self._delivery = self._assembly.delivery(self._parking)
         self._lost = LostChanges(self._covers)
         self._source = Source(
@@ -349,6 +350,7 @@ class Daemon:
             destinations=delivery.destinations(),
             heartbeat_seconds=None if beating is None else beating.last_round_trip_seconds,
             live=None if hub is None else hub.vitals(),
+            realtime=None if self._parts is None else self._parts.realtime_vitals(),
             journal=None if hub is None else hub.history.vitals(),
         )
 
@@ -390,7 +392,7 @@ class Daemon:
         return self.summary()
 
     async def _open_gateway(self, opened: AsyncExitStack) -> None:
-        parts = Parts.of(
+        parts = self._parts = Parts.of(
             self._config,
             vitals=self.vitals,
             hub=self.hub,

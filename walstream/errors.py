@@ -101,7 +101,17 @@ class ConfigError(SetupError):
 
 
 class FilterError(SetupError):
-    """A ``where`` cannot be read, or does not fit the table that it is used on."""
+    """A ``where`` cannot be read, or does not fit the table that it is used on.
+
+    ``sqlstate`` and ``reason`` are the server's, when it is a value that the server cannot read.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str = "", sqlstate: str = "", reason: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.sqlstate = sqlstate
+        self.reason = reason
 
 
 class RelationMissing(SetupError):

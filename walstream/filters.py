@@ -54,6 +54,7 @@ __all__ = [
     "equality_keys",
     "failing_part",
     "literals",
+    "operators_of",
     "parse",
     "required_equalities",
 ]
@@ -116,18 +117,29 @@ def required_equalities(where: Filter) -> dict[str, Comparison]:
     return required
 
 
+def operators_of(typeoid: int, types: Types) -> list[Operator]:
+    """Return the operators that a type has."""
+    return _allowed(typeoid, types)
+
+
 def literals(
-    where: Filter, columns: Mapping[str, int], types: Types, relation: Relation | None = None
+    where: Filter,
+    columns: Mapping[str, int],
+    types: Types,
+    relation: Relation | None = None,
+    *,
+    is_linear: bool = False,
 ) -> list[Literal]:
     """Check a filter against a relation's columns; return what the server must read.
 
-    ``columns`` are the relation's, with the OIDs of their types.
+    ``columns`` are the relation's, with the OIDs of their types; ``is_linear`` says that its
+    regular expressions may cost no more than RE2 needs (`dialects`).
 
     Raises:
         FilterError: a column is not there, its type does not have the operator, or a pattern cannot
             be translated.
     """
-    compiler = _Compiler(columns, types, {}, relation)
+    compiler = _Compiler(columns, types, {}, relation, is_linear=is_linear)
     found: dict[Literal, None] = {}
     for comparison in comparisons(where):
         compiler.check(comparison)
@@ -136,18 +148,23 @@ def literals(
 
 
 def compile_filter(
-    where: Filter, columns: Mapping[str, int], types: Types, normalised: Mapping[Literal, str]
+    where: Filter,
+    columns: Mapping[str, int],
+    types: Types,
+    normalised: Mapping[Literal, str],
+    *,
+    is_linear: bool = False,
 ) -> Condition:
     """Compile a filter for rows with these columns and types.
 
-    ``normalised`` holds the server's answer to each of `literals`. The condition raises
-    `UnknownLabel` when an enum has got a new label since, and `DecodeError` for a value that
-    wal2json does not write.
+    ``normalised`` holds the server's answer to each of `literals`, ``is_linear`` is as there. The
+    condition raises `UnknownLabel` when an enum has got a new label since, and `DecodeError` for a
+    value that wal2json does not write, or that is too long for a pattern that is to be linear.
 
     Raises:
         FilterError: as `literals`.
     """
-    condition = _Compiler(columns, types, normalised).compile(where)
+    condition = _Compiler(columns, types, normalised, is_linear=is_linear).compile(where)
 
     def guarded(row: Row) -> Outcome:
         try:
@@ -228,7 +245,10 @@ class _Compiler:
         types: Types,
         normalised: Mapping[Literal, str],
         relation: Relation | None = None,
+        *,
+        is_linear: bool = False,
     ) -> None:
+        self.is_linear = is_linear
         self.columns = columns
         self.types = types
         self.normalised = normalised
@@ -317,7 +337,8 @@ class _Compiler:
 
     def matcher(self, comparison: Comparison) -> Matcher:
         try:
-            return _matcher(comparison, _type_name(self.typeoid(comparison.column), self.types))
+            type_name = _type_name(self.typeoid(comparison.column), self.types)
+            return _matcher(comparison, type_name, is_linear=self.is_linear)
         except PatternError as error:
             raise self.refused(comparison, str(error)) from None
 
@@ -348,13 +369,16 @@ def _allowed(typeoid: int, types: Types) -> list[Operator]:
     ]
 
 
-def _matcher(comparison: Comparison, type_name: str) -> Matcher:
+def _matcher(comparison: Comparison, type_name: str, *, is_linear: bool) -> Matcher:
     pattern = comparison.values[0]
     # citext's own operators make all four ignore case.
     fold_case = type_name == "citext" or comparison.operator in (Operator.ILIKE, Operator.IMATCH)
     if comparison.operator in _REGULAR_EXPRESSIONS:
-        return patterns.regular_expression(pattern, fold_case=fold_case)
-    return patterns.like(pattern.replace("*", "%"), fold_case=fold_case)
+        compile_ = patterns.linear_expression if is_linear else patterns.regular_expression
+        return compile_(pattern, fold_case=fold_case)
+    if not comparison.is_verbatim:
+        pattern = pattern.replace("*", "%")
+    return patterns.like(pattern, fold_case=fold_case)
 
 
 def _type_name(typeoid: int, types: Types) -> str:

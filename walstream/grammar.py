@@ -50,11 +50,16 @@ IS_VALUES: Final = ("null", "not_null", "true", "false", "unknown")
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """``column=operator.value``; ``in`` has any number of values, the others have one."""
+    """``column=operator.value``; ``in`` has any number of values, the others have one.
+
+    ``is_verbatim`` says of ``like`` and ``ilike`` that the pattern is SQL's own, in which ``*`` is
+    no wildcard: `parse` gives none, and what such a one prints as is read as another.
+    """
 
     column: str
     operator: Operator
     values: tuple[str, ...]
+    is_verbatim: bool = False
 
     def __str__(self) -> str:
         """Print so that `parse` reads it again."""

@@ -1,32 +1,26 @@
-r"""PostgreSQL's LIKE and regular expressions, by Python's ``re``.
+r"""PostgreSQL's LIKE and regular expressions, by Python's ``re`` or RE2 (`dialects`).
 
 LIKE and ILIKE are exact (PostgreSQL documentation, 9.7.1). Advanced regular expressions (9.7.3) are
-translated where Python can say the same, and refused where it cannot: back references, collating
-elements, lookbehind of varying length, basic and expanded syntax. Whether a text matches depends
-neither on greediness nor on the order of alternatives, so those may differ.
+translated where the engine can say the same, and refused where it cannot: back references,
+collating elements, basic and expanded syntax; with Python lookbehind of varying length, with RE2
+all that looks ahead or behind and the edges of words. Whether a text matches depends neither on
+greediness nor on the order of alternatives, so those may differ.
 
-Case is folded as by glibc in a UTF-8 locale, exactly. Character classes are glibc's too, but beyond
-ASCII ``\w`` is Python's, and combining vowel signs are no letters.
+Case is folded as by glibc in a UTF-8 locale, exactly. Character classes are glibc's too, but
+combining vowel signs are no letters, and with Python ``\w`` is Python's beyond ASCII.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
-from itertools import groupby
 from typing import Final
-from unicodedata import category
 
+from walstream.character_classes import NAMES, upper
 from walstream.comparables import fold
+from walstream.dialects import LINEAR, PYTHON, Dialect, Matcher, PatternError
 
-Matcher = Callable[[str], bool]
-"""Whether a text matches."""
-
-
-class PatternError(ValueError):
-    """PostgreSQL refuses the pattern, or Python cannot match it as PostgreSQL does."""
+__all__ = ["Matcher", "PatternError", "like", "linear_expression", "regular_expression"]
 
 
 def like(pattern: str, *, fold_case: bool = False) -> Matcher:
@@ -40,12 +34,12 @@ def like(pattern: str, *, fold_case: bool = False) -> Matcher:
         return lambda text: matches(fold(text))
     first, *others = _like_pieces(pattern)
     if not others:
-        return _compiled(rf"\A{first}\Z")
+        return PYTHON.compile(rf"\A{first}\Z")
     # A piece between two % may match where it first can: as atomic groups they never try again,
     # and the effort stays linear.
     *middle, last = others
     between = "".join(f"(?>.*?{piece})" for piece in middle if piece)
-    return _compiled(rf"\A{first}{between}.*{last}\Z")
+    return PYTHON.compile(rf"\A{first}{between}.*{last}\Z")
 
 
 def regular_expression(pattern: str, *, fold_case: bool = False) -> Matcher:
@@ -54,15 +48,16 @@ def regular_expression(pattern: str, *, fold_case: bool = False) -> Matcher:
     Raises:
         PatternError: it is none, or one that cannot be translated.
     """
-    return _compiled(_Translation(pattern, fold_case=fold_case).translated())
+    return PYTHON.compile(_Translation(pattern, PYTHON, fold_case=fold_case).translated())
 
 
-def _compiled(pattern: str) -> Matcher:
-    try:
-        search = re.compile(pattern, re.DOTALL).search
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PatternError(f"the pattern cannot be translated: {error}") from None
-    return lambda text: search(text) is not None
+def linear_expression(pattern: str, *, fold_case: bool = False) -> Matcher:
+    """Compile one that comes from a client: it takes a bounded time, and looks nowhere around.
+
+    Raises:
+        PatternError: it is none, or one that cannot be translated, or costs too much.
+    """
+    return LINEAR.compile(_Translation(pattern, LINEAR, fold_case=fold_case).translated())
 
 
 _LIKE_TOKEN: Final = re.compile(r"\\(.)|(\\)|(%+)|(_)|(.)", re.DOTALL)
@@ -106,25 +101,17 @@ _CHARACTERS: Final = {
     "t": "\t",
     "v": "\v",
 }
-_CONSTRAINTS: Final = {
-    "A": r"\A",
-    "Z": r"\Z",
-    "m": r"(?<!\w)(?=\w)",
-    "M": r"(?<=\w)(?!\w)",
-    "y": r"\b",
-    # Python's \B does not hold in an empty text.
-    "Y": r"(?!\b)",
-}
+_CONSTRAINTS: Final = frozenset("AZmMyY")
 _SHORTHANDS: Final = {"d": "digit", "s": "space", "w": "word"}
-_SPACES: Final = "\t-\r \u1680\u2000-\u2006\u2008-\u200a\u2028\u2029\u205f\u3000"
 _MAX_FOLDED_RANGE: Final = 100_000
 
 
 class _Translation:
-    """Reads an expression from left to right."""
+    """Reads an expression from left to right, and writes it in a dialect."""
 
-    def __init__(self, pattern: str, *, fold_case: bool) -> None:
+    def __init__(self, pattern: str, dialect: Dialect, *, fold_case: bool) -> None:
         self.pattern = pattern
+        self.dialect = dialect
         self.position = 0
         self.fold_case = fold_case
         self.is_literal = False
@@ -193,7 +180,7 @@ class _Translation:
             return "|"
         if self.anchors_at_newline:
             return f"(?m:{character})"
-        return r"\A" if character == "^" else r"\Z"
+        return self.dialect.constraint("A" if character == "^" else "Z")
 
     def atom(self, character: str) -> tuple[str, bool]:
         match character:
@@ -223,14 +210,14 @@ class _Translation:
         found = self.take(_GROUP)
         kind = found[1] if found else None
         groups.append(kind in (None, ":"))
-        return f"(?{kind or ':'}"
+        return self.dialect.opening(kind or ":")
 
     def escape(self) -> tuple[str, bool]:
         """Translate what follows a backslash."""
         letter = self.pattern[self.position : self.position + 1]
         if letter in _CONSTRAINTS:
             self.position += 1
-            return _CONSTRAINTS[letter], False
+            return self.dialect.constraint(letter), False
         if letter.lower() in _SHORTHANDS:
             self.position += 1
             return self.shorthand(letter), True
@@ -238,7 +225,7 @@ class _Translation:
 
     def shorthand(self, letter: str) -> str:
         """The negated ones match line ends in every mode, since PostgreSQL 14."""
-        members = _class_members(_SHORTHANDS[letter.lower()])
+        members = self.dialect.members(_SHORTHANDS[letter.lower()])
         return f"[{members}]" if letter.islower() else f"[^{members}]"
 
     def escaped_character(self) -> str:
@@ -266,21 +253,21 @@ class _Translation:
     def character(self, character: str) -> str:
         variants = self.variants(character)
         if len(variants) == 1:
-            return re.escape(variants[0])
-        return f"[{''.join(map(re.escape, variants))}]"
+            return self.dialect.literal(variants[0])
+        return f"[{''.join(map(self.dialect.in_brackets, variants))}]"
 
     def variants(self, character: str) -> list[str]:
         """With case folded a character stands for its lower and upper case, as in ``allcases``."""
         if not self.fold_case:
             return [character]
-        return list(dict.fromkeys((fold(character), _upper(character))))
+        return list(dict.fromkeys((fold(character), upper(character))))
 
     def bracket(self) -> tuple[str, bool]:
         """Translate a bracket expression from behind its opening bracket."""
         edge = _WORD_EDGE.match(self.pattern, self.position - 1)
         if edge:
             self.position = edge.end()
-            return _CONSTRAINTS["m" if edge[1] == "<" else "M"], False
+            return self.dialect.constraint("m" if edge[1] == "<" else "M"), False
         negated = self.skip("^")
         members = [self.member()]
         while not self.skip("]"):
@@ -298,19 +285,19 @@ class _Translation:
             letter = self.pattern[self.position + 1 : self.position + 2]
             if letter in _SHORTHANDS:
                 self.position += 2
-                return _class_members(_SHORTHANDS[letter])
+                return self.dialect.members(_SHORTHANDS[letter])
         start = self.endpoint()
         following = self.pattern[self.position + 1 : self.position + 2]
         if following in ("", "]") or not self.skip("-"):
-            return "".join(map(_in_brackets, self.variants(start)))
+            return "".join(map(self.dialect.in_brackets, self.variants(start)))
         return self.range(start, self.endpoint())
 
     def named_class(self, name: str) -> str:
-        if name not in _CLASSES and name not in _RANGES:
+        if name not in NAMES:
             raise PatternError(f"there is no character class {name!r}")
         if self.fold_case and name in ("upper", "lower"):
             name = "alpha"
-        return _class_members(name)
+        return self.dialect.members(name)
 
     def endpoint(self) -> str:
         if self.position == len(self.pattern):
@@ -324,14 +311,16 @@ class _Translation:
     def range(self, start: str, end: str) -> str:
         if start > end:
             raise PatternError("a range in brackets ends before it starts")
-        members = f"{_in_brackets(start)}-{_in_brackets(end)}"
+        in_brackets = self.dialect.in_brackets
+        members = f"{in_brackets(start)}-{in_brackets(end)}"
         if not self.fold_case:
             return members
         if ord(end) - ord(start) > _MAX_FOLDED_RANGE:
             raise PatternError("a range in brackets is too long to ignore case in it")
         within = map(chr, range(ord(start), ord(end) + 1))
         others = {variant for one in within for variant in self.variants(one)}
-        return members + "".join(sorted(map(_in_brackets, others)))
+        beyond = [one for one in sorted(others) if not start <= one <= end]
+        return members + "".join(map(in_brackets, beyond))
 
     def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         found = pattern.match(self.pattern, self.position)
@@ -346,67 +335,3 @@ class _Translation:
 
     def refused(self, what: str) -> PatternError:
         return PatternError(f"regular expressions with {what} are not supported")
-
-
-def _in_brackets(character: str) -> str:
-    return f"\\{character}" if character in r"\]^-[&~|" else character
-
-
-def _upper(character: str) -> str:
-    """Make upper-case as ``towupper`` does: to one character or not at all."""
-    for upper in (character.upper(), character.title()):
-        if len(upper) == 1:
-            return upper
-    return character
-
-
-def _is_alnum(character: str) -> bool:
-    return category(character) in ("Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl")
-
-
-def _is_printed(character: str) -> bool:
-    return category(character) not in ("Cc", "Cs", "Cn", "Zl", "Zp")
-
-
-def _is_graphic(character: str) -> bool:
-    return _is_printed(character) and not _IS_SPACE(character)
-
-
-_IS_SPACE: Final = re.compile(f"[{_SPACES}]").match
-
-_RANGES: Final = {
-    "ascii": "\x00-\x7f",
-    "blank": "\t ",
-    "cntrl": "\x00-\x1f\x7f-\x9f",
-    "digit": "0-9",
-    "space": _SPACES,
-    "word": r"\w",
-    "xdigit": "0-9A-Fa-f",
-}
-_CLASSES: Final[dict[str, Callable[[str], bool]]] = {
-    "alnum": _is_alnum,
-    "alpha": lambda one: _is_alnum(one) and one not in "0123456789",
-    "graph": _is_graphic,
-    "lower": lambda one: one.islower() or (one.istitle() and _upper(one) != one),
-    "print": _is_printed,
-    "punct": lambda one: _is_graphic(one) and not _is_alnum(one),
-    "upper": lambda one: one.isupper() or one.istitle(),
-}
-
-
-@cache
-def _class_members(name: str) -> str:
-    """Write a character class as the inside of a bracket expression."""
-    if name in _RANGES:
-        return _RANGES[name]
-    return "".join(
-        f"{_in_brackets(first)}-{_in_brackets(last)}" for first, last in _runs(_CLASSES[name])
-    )
-
-
-def _runs(belongs: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    """Find the runs of characters that belong to a class."""
-    for is_member, run in groupby(map(chr, range(sys.maxunicode + 1)), key=belongs):
-        if is_member:
-            characters = list(run)
-            yield characters[0], characters[-1]

@@ -41,6 +41,7 @@ TextLoader = Callable[[bytes], Any]
 RawTo = Callable[[msgspec.Raw], Any]
 
 BOOL_OID: Final = 16
+BYTEA_OID: Final = 17
 TEXT_OID: Final = 25
 VARCHAR_OID: Final = 1043
 
@@ -202,7 +203,7 @@ class Types:
     def text_of(self, oid: int) -> Callable[[msgspec.Raw], str | None]:
         """Return what `text` calls for a type; it raises `ValueError`."""
         resolved = self.resolve(oid)
-        if resolved == _BYTEA:
+        if resolved == BYTEA_OID:
             return _bytea_text
         if resolved in _BARE or resolved not in self._types:
             return scalar_text
@@ -685,7 +686,6 @@ _BOOLS: Final = {b"true": True, b"false": False, b'"t"': True, b'"f"': False, b"
 
 _BOOL_JSONS: Final = {b'"t"': b"true", b'"f"': b"false"}
 
-_BYTEA: Final = _OID["bytea"]
 _BARE: Final = _by_oid({"bool int2 int4 int8 oid float4 float8 numeric": True})
 _PLAIN_TEXTS: Final = _by_oid({"text varchar bpchar name": True})
 

@@ -151,6 +151,21 @@ class LiveVitals(msgspec.Struct, frozen=True):
     ended: Mapping[str, int] = {}
 
 
+class RealtimeVitals(msgspec.Struct, frozen=True):
+    """The clients of Supabase Realtime.
+
+    A socket has channels; a room is a channel's topic, with all who are in it. ``presences`` are
+    those who let others see them. A broadcast is taken once and sent to each who is there.
+    """
+
+    sockets: int = 0
+    channels: int = 0
+    rooms: int = 0
+    presences: int = 0
+    broadcasts: int = 0
+    sent_broadcasts: int = 0
+
+
 class Vitals(msgspec.Struct, frozen=True):
     """The process at one moment.
 
@@ -193,4 +208,5 @@ class Vitals(msgspec.Struct, frozen=True):
     destinations: tuple[DestinationVitals, ...] = ()
     heartbeat_seconds: float | None = None
     live: LiveVitals | None = None
+    realtime: RealtimeVitals | None = None
     journal: JournalVitals | None = None

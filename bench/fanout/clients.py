@@ -7,6 +7,7 @@ counted where it lies in the one buffer. It talks with ``bench.fanout.crowd`` by
 from __future__ import annotations
 
 import gc
+import re
 import select
 import socket
 import sys
@@ -16,13 +17,16 @@ from typing import Final
 
 import msgspec
 
-from bench.fanout import events
-from bench.fanout.events import Delivered
+from bench.fanout.delivered import Delivered
+from bench.fanout.speeches import SPEECHES, Speech
 from bench.processes import cpu_seconds
 
 BUFFER_BYTES: Final = 1 << 20
 CONNECTING: Final = 64
 """So many connections are begun at once at most; a server's backlog is bounded."""
+
+_HEADERS_END: Final = b"\r\n\r\n"
+_DIGITS: Final = re.compile(rb"\d+")
 
 STALL_SECONDS: Final = 20.0
 """After so much silence nothing will come any more."""
@@ -33,6 +37,7 @@ class Connect(msgspec.Struct, frozen=True, tag=True):
 
     host: str
     port: int
+    speech: str
     targets: list[str]
 
 
@@ -89,17 +94,15 @@ class Collected(msgspec.Struct, frozen=True):
 class _Client:
     """One connection, and what has come by it."""
 
-    __slots__ = ("chunked", "count", "kept", "last", "socket", "streams", "tail", "target")
+    __slots__ = ("count", "head", "kept", "last", "socket", "streams", "tail", "target")
 
     def __init__(self, host: str, port: int, target: str) -> None:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self.socket.settimeout(0)
         self.socket.connect_ex((host, port))
-        self.target = (
-            f"GET {target} HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: text/event-stream\r\n\r\n"
-        ).encode()
+        self.target = target
         self.streams = False
-        self.chunked = False
+        self.head = b""
         self.tail = b""
         self.count = 0
         self.last = b""
@@ -117,11 +120,14 @@ class Clients:
         self._failures: list[str] = []
         self._events = self._bytes = self._reads = 0
         self._expected = Expect(0)
+        self._speech: Speech = SPEECHES["events"]
+        self._address = ("", 0)
         self._times: list[tuple[int, int]] = []
 
     def connect(self, order: Connect) -> Connected:
         """Begin a few connections at a time."""
         started = time.monotonic()
+        self._speech, self._address = SPEECHES[order.speech], (order.host, order.port)
         waiting = deque(order.targets)
         streaming = 0
         while streaming < len(order.targets):
@@ -154,7 +160,7 @@ class Clients:
             counts=[client.count for client in self._clients],
             last_rows=[_number(client.last) for client in self._clients],
             times=self._times,
-            kept=[events.delivered(bytes(client.kept), chunked=client.chunked) for client in kept],
+            kept=[self._speech.read(client.head, bytes(client.kept)) for client in kept],
             failures=self._failures,
         )
 
@@ -165,8 +171,9 @@ class Clients:
 
     def _greet(self, client: _Client, event: int) -> bool:
         """Send the request or read the head; return whether the client streams from now on."""
+        speech = self._speech
         if event & select.EPOLLOUT:
-            client.socket.sendall(client.target)
+            client.socket.sendall(speech.opening(*self._address, client.target))
             self._epoll.modify(client.socket, select.EPOLLIN)
             return False
         if client.streams:
@@ -175,10 +182,13 @@ class Clients:
         received = client.socket.recv(BUFFER_BYTES)
         client.tail += received
         assert received, f"no stream: {client.tail[:300]!r}"
-        head, _, body = client.tail.partition(events.HEADERS_END)
-        if events.STREAMING not in body or not body.endswith(events.WHOLE):
+        if (answer := speech.answer(client.tail, client.target)) is not None:
+            client.socket.sendall(answer)
             return False
-        client.streams, client.chunked, client.tail = True, events.is_chunked(head + b"\r\n"), b""
+        head, _, body = client.tail.partition(_HEADERS_END)
+        if speech.streaming not in body or not body.endswith(speech.begun):
+            return False
+        client.streams, client.head, client.tail = True, head + b"\r\n", b""
         return True
 
     def _read_all(self) -> int:
@@ -200,7 +210,7 @@ class Clients:
                 read(clients[descriptor])
 
     def _read(self, client: _Client) -> None:
-        buffer, tail = self._buffer, client.tail
+        buffer, tail, speech = self._buffer, client.tail, self._speech
         if tail:
             # The rest of an event: put behind what has come of it already.
             length = len(tail)
@@ -216,30 +226,31 @@ class Clients:
         self._reads += 1
         if self._expected.is_kept:
             client.kept += memoryview(buffer)[end - received : end]
-        if buffer.endswith(events.WHOLE, 0, end):
+        if buffer.endswith(speech.whole, 0, end):
             client.tail = b""
         else:
-            whole = buffer.rfind(b"\n\n", 0, end) + 2
-            whole = whole if whole > 1 else 0
+            last = speech.whole[-1]
+            found = buffer.rfind(last, 0, end)
+            whole = 0 if found < 0 else found + len(last)
             client.tail = bytes(memoryview(buffer)[whole:end])
             end = whole
         self._count(client, end)
 
     def _count(self, client: _Client, end: int) -> None:
         """Count the events in the buffer, which are whole up to the end."""
-        buffer = self._buffer
-        count = buffer.count(events.INSERT, 0, end)
+        buffer, speech = self._buffer, self._speech
+        count = buffer.count(speech.change, 0, end)
         if not count:
-            if found := events.cuts(bytes(buffer[:end])):
+            if found := speech.cuts(bytes(buffer[:end])):
                 self._fail(client, found[0])
             return
         client.count += count
         self._events += count
-        last = buffer.rfind(events.ROW, 0, end) + len(events.ROW)
+        last = buffer.rfind(speech.row, 0, end) + len(speech.row)
         client.last = bytes(buffer[last : last + 20])
         if self._expected.is_timed:
             now = time.monotonic_ns()
-            rows = events.ROW_NUMBER.findall(buffer, 0, end)
+            rows = speech.row_number.findall(buffer, 0, end)
             self._times += [(int(row), now) for row in rows]
 
     def _fail(self, client: _Client, why: str) -> None:
@@ -270,8 +281,8 @@ def _say(answer: msgspec.Struct) -> None:
 
 
 def _number(text: bytes) -> int:
-    found = events.ROW_NUMBER.match(events.ROW + text)
-    return -1 if found is None else int(found[1])
+    found = _DIGITS.match(text)
+    return -1 if found is None else int(found[0])
 
 
 if __name__ == "__main__":

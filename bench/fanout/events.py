@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
+from bench.fanout.delivered import Delivered
+
 HEADERS_END: Final = b"\r\n\r\n"
 
 STREAMING: Final = b"\nevent: streaming\n"
@@ -28,16 +30,15 @@ _CUT: Final = re.compile(rb"\nevent: (end|reset)\ndata: (.*)\n")
 _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding: *chunked\r\n", re.IGNORECASE)
 
 
-class Delivered(msgspec.Struct, frozen=True, array_like=True):
-    """A change that a client got: its id, and the number of the row."""
+def opening(host: str, port: int, target: str) -> bytes:
+    """Ask for the events at a path."""
+    return (
+        f"GET {target} HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: text/event-stream\r\n\r\n"
+    ).encode()
 
-    id: str
-    row: int
 
-
-def is_chunked(head: bytes) -> bool:
-    """Whether an answer with this head comes in chunks."""
-    return _CHUNKED.search(head) is not None
+def answer(_heard: bytes, _target: str) -> None:
+    """Say nothing more."""
 
 
 def cuts(text: bytes) -> list[str]:
@@ -45,13 +46,13 @@ def cuts(text: bytes) -> list[str]:
     return [b" ".join(found).decode() for found in _CUT.findall(text)]
 
 
-def delivered(body: bytes, *, chunked: bool) -> list[Delivered]:
+def delivered(head: bytes, body: bytes) -> list[Delivered]:
     """Read a whole body as a strict client would.
 
     Raises:
         AssertionError: an event is not what is documented, or ids do not grow.
     """
-    text = b"".join(_chunks(body)) if chunked else body
+    text = b"".join(_chunks(body)) if _CHUNKED.search(head) else body
     changes = [_delivered(event) for event in _events(text) if event.get("event") == "insert"]
     places = [_place(change.id) for change in changes]
     assert all(map(tuple.__lt__, places, places[1:])), "ids do not grow"

@@ -1,25 +1,26 @@
 """The least that can be done in Python: ready-made bytes, written to sockets by asyncio.
 
-It speaks as ``GET /changes`` does, to the same clients, and does nothing of what comes before:
-no server is asked, nothing is decoded, filtered or rendered, and nobody is checked. What it reaches
-is what asyncio's sockets give on this machine. It talks with ``bench.fanout.throughput`` by lines
-of JSON.
+It speaks as ``GET /changes`` or as the WebSocket does, to the same clients, and does nothing of
+what comes before: no server is asked, nothing is decoded, filtered or rendered, and nobody is
+checked. What it reaches is what asyncio's sockets give on this machine. It talks with
+``bench.fanout.rounds`` by lines of JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final
-from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
 from bench.processes import cpu_seconds
+from walstream.realtime.frames import text_frame
 
 HEAD: Final = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-store\r\n"
@@ -36,6 +37,29 @@ _EVENT: Final = (
     b'"commit_time":"2026-11-22T12:51:35.209600+00:00"}\n\n'
 )
 
+UPGRADED: Final = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: 3vaSsEYbZUvYHgOZDlVL6+GLHJM=\r\n\r\n"
+)
+
+JOINED: Final = text_frame(
+    b'["1",null,"realtime:x","system",{"message":"Subscribed to PostgreSQL","status":"ok"}]'
+)
+
+_MESSAGE: Final = (
+    b'[null,null,"realtime:conversation-%d","postgres_changes",{"ids":[1],"data":{"schema":"public",'
+    b'"table":"messages","commit_timestamp":"2026-11-22T12:51:35.209Z","type":"INSERT","columns":['
+    b'{"name":"id","type":"int8"},{"name":"conversation_id","type":"text"},{"name":"author","type":'
+    b'"text"},{"name":"content","type":"text"},{"name":"status","type":"text"},{"name":"amount",'
+    b'"type":"numeric"},{"name":"created_at","type":"timestamptz"},{"name":"updated_at","type":'
+    b'"timestamptz"}],"record":{"id":%d,"conversation_id":"conversation-%d","author":"ada",'
+    b'"content":"message number %d","status":"sent","amount":%d.00,'
+    b'"created_at":"2026-11-22T12:51:35.2096+00:00",'
+    b'"updated_at":"2026-11-22T12:51:35.2096+00:00"},"errors":null}}]'
+)
+
+_CONVERSATION: Final = re.compile(rb"conversation-(\d+)")
+
 PAUSE: Final = 64
 """After so many writes the event loop has its turn."""
 
@@ -50,6 +74,7 @@ class Serve(msgspec.Struct, frozen=True):
     stop: int
     transaction_rows: int
     conversations: int
+    speech: str
 
 
 class Listening(msgspec.Struct, frozen=True):
@@ -77,11 +102,13 @@ class _Subscriber(asyncio.Protocol):
         transport.set_write_buffer_limits(high=1 << 20)
 
     def data_received(self, data: bytes) -> None:
-        target = data.split(b" ", 2)[1].decode()
-        where = parse_qs(urlsplit(target).query).get("where", ["-0"])[0]
-        self._server.subscribers[int(where.rpartition("-")[2])].append(self.transport)
+        if b"\r\nUpgrade: websocket\r\n" in data:
+            self.transport.write(UPGRADED)
+            return
+        found = _CONVERSATION.search(data)
+        self._server.subscribers[int(found[1]) if found else 0].append(self.transport)
         event = b'retry: 2000\nid: 0/1:0\nevent: streaming\ndata: {"since":null}\n\n'
-        self.transport.write(HEAD + _chunk(event))
+        self.transport.write(HEAD + _chunk(event) if data.startswith(b"GET ") else JOINED)
 
     def pause_writing(self) -> None:
         self._server.full += 1
@@ -119,18 +146,24 @@ class _Server:
 
 
 def _pieces(order: Serve) -> Sequence[tuple[int, bytes]]:
-    pieces = []
+    pieces: list[tuple[int, bytes]] = []
+    write, wrap = (_event, _chunk) if order.speech == "events" else (_frame, bytes)
     for first in range(order.first, order.stop, order.transaction_rows):
         by_conversation: defaultdict[int, list[bytes]] = defaultdict(list)
         for row in range(first, min(first + order.transaction_rows, order.stop)):
-            by_conversation[row % order.conversations].append(_event(row, order.conversations))
-        pieces += [(one, _chunk(b"".join(events))) for one, events in by_conversation.items()]
+            by_conversation[row % order.conversations].append(write(row, order.conversations))
+        pieces += [(one, wrap(b"".join(events))) for one, events in by_conversation.items()]
     return pieces
 
 
 def _event(row: int, conversations: int) -> bytes:
     lsn = 0x1000000 + row * 0x100
     return _EVENT % (lsn, lsn, row, row % conversations, row, row, row, lsn, lsn)
+
+
+def _frame(row: int, conversations: int) -> bytes:
+    conversation = row % conversations
+    return text_frame(_MESSAGE % (conversation, row, conversation, row, row))
 
 
 def _chunk(text: bytes) -> bytes:

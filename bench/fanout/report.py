@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from bench.fanout.rounds import Latency, Measured, Round, Throughput
-from bench.fanout.scenarios import P99_MILLISECONDS, TARGETED_PART, Scenario
+from bench.fanout.scenarios import Scenario
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -23,7 +23,6 @@ class Report(msgspec.Struct, frozen=True):
     load_average: float
     journal: bool
     scenarios: list[Measured]
-    target_p99_milliseconds: float = P99_MILLISECONDS
 
 
 def as_json(report: Report) -> str:
@@ -52,9 +51,8 @@ def _lines(report: Report) -> Iterator[str]:
 def _scenario_lines(measured: Measured) -> Iterator[str]:
     scenario, memory = measured.scenario, measured.memory
     yield (
-        f"{scenario.subscribers:,} subscribers, "
-        + ("each gets every change" if scenario.is_shared else "each with a filter of its own")
-        + f"; all stream {measured.connect_seconds:.2f} s after the first begins to connect"
+        f"{scenario.name}: {scenario.subscribers:,} subscribers, {_gets(scenario)}"
+        f"; all stream {measured.connect_seconds:.2f} s after the first begins to connect"
     )
     yield (
         f"  memory {memory.bytes_per_subscriber / 1024:.1f} KiB a subscriber:"
@@ -63,7 +61,7 @@ def _scenario_lines(measured: Measured) -> Iterator[str]:
     )
     for throughput in measured.throughput:
         yield from _throughput_lines(scenario, throughput)
-    yield from map(_latency_line, measured.latencies)
+    yield from (_latency_line(scenario, latency) for latency in measured.latencies)
 
 
 def _throughput_lines(scenario: Scenario, throughput: Throughput) -> Iterator[str]:
@@ -110,12 +108,23 @@ def _columns(label: str, *cells: str) -> str:
     return (f"    {label:10}" + "".join(f"{cell:>13}" for cell in cells)).rstrip()
 
 
-def _latency_line(latency: Latency) -> str:
-    target = f" (target < {P99_MILLISECONDS:g})" if latency.part == TARGETED_PART else ""
+def _gets(scenario: Scenario) -> str:
+    if scenario.conversations == 1:
+        return "each gets every change"
+    if scenario.by_role:
+        return f"each sees 1 of {scenario.conversations} changes by its role"
+    return "each with a filter of its own"
+
+
+def _latency_line(scenario: Scenario, latency: Latency) -> str:
+    limit = scenario.limit
+    is_limited = latency.part == limit.part
+    target = f" (p{limit.percentile} target < {limit.milliseconds:g})" if is_limited else ""
     return (
         f"  commit to client, {latency.commits:,} commits of one row,"
         f" {latency.commits_per_second:.0f} a second:"
         f" p50 {latency.p50_milliseconds:.2f} ms,"
+        f" p95 {latency.p95_milliseconds:.2f} ms,"
         f" p99 {latency.p99_milliseconds:.2f} ms{target},"
         f" maximum {latency.maximum_milliseconds:.2f} ms;"
         f" p99 of the last client {latency.last_p99_milliseconds:.2f} ms"

@@ -14,7 +14,7 @@ import psycopg
 from bench.fanout.clients import Arrived
 from bench.fanout.crowd import Crowd, Spoken
 from bench.fanout.peer import Listening, Serve, Served
-from bench.fanout.scenarios import PACED_PARTS, Scenario
+from bench.fanout.scenarios import Scenario
 from bench.fanout.subject import Subject
 
 VERIFIED_ROWS: Final = 2
@@ -24,8 +24,6 @@ VERIFIED_AT_LEAST: Final = 300
 
 PEER_EVENTS: Final = 500_000
 """The peer's rounds have no more: with a write for each event they would take minutes."""
-
-_WARM_UP: Final = Scenario("warm-up", 10, is_shared=True, events_per_second=1.0)
 
 _WRITE_SQL: Final = """
     DO $$
@@ -109,6 +107,7 @@ class Latency(msgspec.Struct, frozen=True):
     commits: int
     commits_per_second: float
     p50_milliseconds: float
+    p95_milliseconds: float
     p99_milliseconds: float
     maximum_milliseconds: float
     last_p99_milliseconds: float
@@ -162,7 +161,7 @@ def measure(
         ]
         latencies = [
             stage.keep_pace(crowd, part, effort.latency_seconds)
-            for part in PACED_PARTS
+            for part in scenario.paced_parts
             if effort.latency_seconds
         ]
         end_mib = subject.resident_mib()
@@ -193,7 +192,8 @@ class _Stage:
 
     def warm_up(self) -> None:
         """Let walstream load what it needs for any client."""
-        with Crowd(_WARM_UP, self._subject.address) as crowd:
+        few = msgspec.structs.replace(self._scenario, subscribers=10, groups=1, by_role=False)
+        with Crowd(few, self._subject.address) as crowd:
             self._deliver(crowd, self._rows.take(100), is_kept=True)
 
     def verify(self, crowd: Crowd) -> None:
@@ -297,7 +297,15 @@ def _play_peer(scenario: Scenario, changes: int, transaction_rows: int, rounds: 
             for _ in range(rounds):
                 rows = numbers.take(min(changes, most))
                 crowd.expect(rows)
-                peer.tell(Serve(rows.start, rows.stop, transaction_rows, scenario.conversations))
+                peer.tell(
+                    Serve(
+                        rows.start,
+                        rows.stop,
+                        transaction_rows,
+                        scenario.conversations,
+                        scenario.speech,
+                    )
+                )
                 arrived, served = crowd.arrived(), peer.hear(Served)
                 crowd.verify(rows)
                 events = len(rows) * scenario.events_per_change
@@ -324,14 +332,15 @@ def _latency(
         commits=len(sent),
         commits_per_second=per_second,
         p50_milliseconds=median(milliseconds),
-        p99_milliseconds=_p99(milliseconds),
+        p95_milliseconds=_percentile(milliseconds, 95),
+        p99_milliseconds=_percentile(milliseconds, 99),
         maximum_milliseconds=max(milliseconds),
-        last_p99_milliseconds=_p99([max(took) for took in by_row.values()]),
+        last_p99_milliseconds=_percentile([max(took) for took in by_row.values()], 99),
     )
 
 
-def _p99(values: list[float]) -> float:
-    return quantiles(values, n=100, method="inclusive")[98]
+def _percentile(values: list[float], percent: int) -> float:
+    return quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def _seconds(started: int, arrived: list[Arrived]) -> float:

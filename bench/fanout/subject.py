@@ -14,6 +14,7 @@ import msgspec
 import psycopg
 
 from bench import workload
+from bench.fanout.scenarios import ANYONE, MEMBER, SECRET
 from bench.processes import ROOT, own_environment
 from walstream.cluster import PrivateCluster
 
@@ -34,10 +35,15 @@ table = "{table}"
 to = "clients"
 [sinks.clients]
 type = "live"
+[realtime]
+enabled = true
 [access]
-anonymous_role = "anyone"
-[access.roles.anyone]
+anonymous_role = "{anyone}"
+secret = "{secret}"
+[access.roles.{anyone}]
 tables = [{{ table = "*.*" }}]
+[access.roles.{member}]
+tables = [{{ table = "{table}", where = "conversation_id=eq.{{claims.conversation}}" }}]
 """
 
 _JOURNAL: Final = """\
@@ -66,6 +72,9 @@ class Subject:
             "slot": SLOT,
             "table": workload.TABLE,
             "folder": folder,
+            "anyone": ANYONE,
+            "member": MEMBER,
+            "secret": SECRET,
         }
         text = _CONFIGURATION + (_JOURNAL if with_journal else "")
         configuration.write_text(text.format(**values))

@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from walstream.access.gate import Gate
 from walstream.access.readers import Grant, Reader, Sight
-from walstream.access.refusals import ReaderRefused
+from walstream.access.refusals import Cause, ReaderRefused
 
-__all__ = ["Gate", "Grant", "Reader", "ReaderRefused", "Sight"]
+__all__ = ["Cause", "Gate", "Grant", "Reader", "ReaderRefused", "Sight"]

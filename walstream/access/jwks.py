@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from walstream.access.keys import Key, key_set
-from walstream.access.refusals import UNAVAILABLE, ReaderRefused, unknown
+from walstream.access.refusals import UNAVAILABLE, Cause, ReaderRefused, unknown
 from walstream.worker import Worker
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.access")
@@ -91,7 +91,8 @@ class Jwks:
         raise unknown(
             "the token is not signed by a key that is known here"
             if kid is not None
-            else "the token does not name its key (kid)"
+            else "the token does not name its key (kid)",
+            Cause.SIGNATURE,
         )
 
     async def read(self) -> list[Key]:

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from walstream.access.refusals import ReaderRefused
+from walstream.access.refusals import Cause, ReaderRefused, unknown
 from walstream.config.access import SECRET_BYTES
 from walstream.errors import SetupError
 
@@ -74,7 +74,8 @@ class OneKey:
 
 def wrong_algorithm() -> ReaderRefused:
     """The token is signed in a way that is not allowed here, if it is signed at all."""
-    return ReaderRefused(401, "the token is signed by an algorithm that is not allowed here")
+    reason = "the token is signed by an algorithm that is not allowed here"
+    return unknown(reason, Cause.SIGNATURE)
 
 
 def secret_key(secret: bytes) -> Key:

@@ -13,16 +13,37 @@ from walstream.projection import Projection
 from walstream.router import OWN_TABLES, TablePattern
 
 
+class Persona(msgspec.Struct, frozen=True, cache_hash=True):
+    """As whom the server is asked what its row security shows: a role there, and JSON of claims."""
+
+    postgres_role: str
+    claims: str
+
+    def __repr__(self) -> str:
+        """Print what is safe to log."""
+        return f"Persona({self.postgres_role!r})"
+
+    def __rich_repr__(self) -> Iterator[str]:  # type: ignore[override]  # of a Struct it tells all
+        """Print no more than `repr`."""
+        yield self.postgres_role
+
+
 class Sight(msgspec.Struct, frozen=True, cache_hash=True):
     """What a reader sees of a table: rows that pass ``where``, through ``projection``.
 
     None is all rows, and all columns as they are. Sights made of equal rules and claims are equal,
     so that readers who see the same can share work. ``table`` is the pattern that they are for.
+
+    With a ``persona`` the server has to show the row to it, too; ``tells_deletes`` says whether
+    keys of deleted rows are told then. ``is_open`` says that all rows are meant to be read.
     """
 
     table: str
     projection: Projection | None = None
     where: Filter | None = None
+    persona: Persona | None = None
+    tells_deletes: bool = False
+    is_open: bool = False
 
     def reads(self, column: str) -> bool:
         """Whether a column is passed on as it is: clients may filter by no other."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-from walstream.access.readers import Grant, Reader, Sight
+from walstream.access.readers import Grant, Persona, Reader, Sight
 from walstream.access.refusals import forbidden
 from walstream.changes import Relation
-from walstream.config.access import AccessConfig
+from walstream.config.access import AccessConfig, RoleConfig, TableConfig
 from walstream.config.columns import ColumnsConfig
 from walstream.errors import ConfigError
 from walstream.placeholders import ClaimUnusable, RowCondition
@@ -24,6 +24,7 @@ class _Rule(msgspec.Struct, frozen=True, eq=False):
     pattern: TablePattern
     projection: Projection | None
     condition: RowCondition | None
+    table: TableConfig
 
 
 class _Projections:
@@ -69,6 +70,7 @@ class Roles:
                     TablePattern.parse(table.table),
                     projections.get(table.columns, f"access.roles.{name}.tables[{place}].columns"),
                     table.condition,
+                    table,
                 )
                 for place, table in enumerate(role.tables)
             ]
@@ -95,15 +97,48 @@ class Roles:
             expires_at=expires_at,
             can_see_status=section.status,
             can_operate=section.operate,
-            grants=tuple(self._grant(rule, claims) for rule in self._rules[role]),
+            grants=self._grants(role, section, claims),
         )
 
-    def _grant(self, rule: _Rule, claims: Mapping[str, Any]) -> Grant:
+    def _grants(
+        self, role: str, section: RoleConfig, claims: Mapping[str, Any]
+    ) -> tuple[Grant, ...]:
+        rules = self._rules[role]
+        persona = None
+        if any(rule.table.rls for rule in rules):
+            persona = _persona(section.postgres_role or role, claims)
+        return tuple(self._grant(rule, claims, persona) for rule in rules)
+
+    def _grant(self, rule: _Rule, claims: Mapping[str, Any], persona: Persona | None) -> Grant:
         try:
             where = None if rule.condition is None else rule.condition.fill(claims)
         except ClaimUnusable as error:
             hint = "the role's condition on rows needs it"
             raise forbidden(str(error), hint=hint) from None
-        return Grant(
-            rule.pattern, Sight(str(rule.pattern), rule.projection, where), self._own_tables
+        sight = Sight(
+            str(rule.pattern),
+            rule.projection,
+            where,
+            persona=persona if rule.table.rls else None,
+            tells_deletes=rule.table.deletes == "key",
+            is_open=rule.table.rows == "all",
         )
+        return Grant(rule.pattern, sight, self._own_tables)
+
+
+_NUL: Final = "\\u0000"
+
+
+def _persona(postgres_role: str, claims: Mapping[str, Any]) -> Persona:
+    """Make it of the claims as they are; of who has none of a role alone.
+
+    Raises:
+        ReaderRefused: the server could not read the claims.
+    """
+    try:
+        text = msgspec.json.encode(claims or {"role": postgres_role}).decode()
+    except UnicodeEncodeError:  # half a character
+        text = _NUL
+    if _NUL in text:
+        raise forbidden("a claim has a character that PostgreSQL does not know")
+    return Persona(postgres_role, text)

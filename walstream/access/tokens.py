@@ -10,13 +10,14 @@ from __future__ import annotations
 import base64
 import json
 import math
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
 from walstream.access.keys import Key, Keys, pyjwt, wrong_algorithm
-from walstream.access.refusals import unknown
+from walstream.access.refusals import Cause, ReaderRefused, expired, unknown
 from walstream.config.access import AccessConfig
 
 LATEST: Final = 253_402_300_799
@@ -86,25 +87,36 @@ class Verifier:
                     "enforce_minimum_key_length": True,
                 },
             )
+        except jwt.ExpiredSignatureError:
+            raise expired(_seconds_since_end(token)) from None
         except jwt.PyJWTError as error:
-            raise unknown(_reason(error)) from None
+            raise _refusal(error) from None
         return claims
 
 
-def _reason(error: Exception) -> str:
+def _seconds_since_end(token: str) -> int:
+    """Return how long ago a token ended whose signature was found to be right."""
+    claims = pyjwt().decode(token, options={"verify_signature": False})
+    return max(0, int(time.time() - float(claims["exp"])))
+
+
+def _refusal(error: Exception) -> ReaderRefused:
     """Say what is wrong with a token; the error's own text may hold a part of it."""
     reasons = {
-        "ExpiredSignatureError": "the token has expired",
         "ImmatureSignatureError": "the token is not valid yet",
         "InvalidAudienceError": "the token is for another audience",
         "InvalidIssuerError": "the token is from another issuer",
-        "InvalidAlgorithmError": wrong_algorithm().reason,
-        "InvalidSignatureError": "the token's signature is wrong",
     }
     missing = getattr(error, "claim", None)  # of a MissingRequiredClaimError: exp, aud or iss
     if missing is not None:
-        return f"the token has no {missing}"
-    return reasons.get(type(error).__name__, _MALFORMED)
+        cause = Cause.INCOMPLETE if missing == "exp" else Cause.MALFORMED
+        return unknown(f"the token has no {missing}", cause)
+    name = type(error).__name__
+    if name == "InvalidAlgorithmError":
+        return wrong_algorithm()
+    if name == "InvalidSignatureError":
+        return unknown("the token's signature is wrong", Cause.SIGNATURE)
+    return unknown(reasons.get(name, _MALFORMED))
 
 
 def _header(token: str) -> Mapping[str, Any]:

@@ -20,11 +20,13 @@ from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -39,9 +41,16 @@ from pydantic_settings import (
 from walstream import filters, mistakes, postgres
 from walstream.backoff import Backoff
 from walstream.changes import Operation, Relation
-from walstream.config.access import AccessConfig, RoleConfig, TableConfig
+from walstream.config.access import (
+    AccessConfig,
+    ApiKeyConfig,
+    RoleConfig,
+    RowSecurityConfig,
+    TableConfig,
+)
 from walstream.config.columns import ColumnsConfig
 from walstream.config.live import HttpConfig, JournalConfig, LiveConfig, LiveSinkConfig
+from walstream.config.realtime import PrivateConfig, RealtimeConfig
 from walstream.config.section import MASKING_KEY, Bytes, Seconds, Section, in_bytes, read_secret
 from walstream.destinations import MAX_TRANSACTION_CHANGES, HandlerOptions
 from walstream.errors import ConfigError, FilterError
@@ -710,6 +719,7 @@ class Config(BaseSettings):
     live: LiveConfig = LiveConfig()
     journal: JournalConfig = JournalConfig()
     access: AccessConfig = AccessConfig()
+    realtime: RealtimeConfig = RealtimeConfig()
     tracing: TracingConfig = TracingConfig()
     log: LogConfig = LogConfig()
 
@@ -735,6 +745,14 @@ class Config(BaseSettings):
                 f"found {len(live)} of type live ({', '.join(live)}); allowed: one, which several"
                 " routes may lead to"
             )
+        return value
+
+    @field_validator("realtime")
+    @classmethod
+    def _names_roles(cls, value: RealtimeConfig, info: ValidationInfo) -> RealtimeConfig:
+        access: AccessConfig | None = info.data.get("access")
+        if access is not None:
+            value.verify_roles(access.roles)
         return value
 
     def own_tables(self) -> frozenset[Relation]:
@@ -844,20 +862,31 @@ def _problems(error: ValidationError) -> list[str]:
 
 def _keys(location: tuple[int | str, ...]) -> list[str]:
     """List the keys that are allowed at a place, of a sink behind its type."""
-    model: Any = Config
     match location:
         case ():
-            pass
-        case ("routes", _):
-            model = RouteConfig
-        case ("routes", _, "columns") | ("access", "roles", _, "tables", _, "columns"):
-            model = ColumnsConfig
-        case ("access", "roles", _):
-            model = RoleConfig
-        case ("access", "roles", _, "tables", _):
-            model = TableConfig
+            model: Any = Config
         case ("sinks", _, str(kind)):
             model = _SINKS[kind]
         case (str(section),):
             model = Config.model_fields[section].annotation
+        case _:
+            model = _inner_model(location)
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _inner_model(location: tuple[int | str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = ColumnsConfig  # of a route, or of a role's table
+    match location:
+        case ("routes", _):
+            model = RouteConfig
+        case ("access", "api_keys", _):
+            model = ApiKeyConfig
+        case ("access", "roles", _):
+            model = RoleConfig
+        case ("access", "roles", _, "tables", _):
+            model = TableConfig
+        case ("access", "row_security"):
+            model = RowSecurityConfig
+        case ("realtime", "private", _):
+            model = PrivateConfig
+    return model

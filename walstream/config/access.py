@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -14,10 +14,12 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 
+from walstream import postgres
 from walstream.config.columns import ColumnsConfig
-from walstream.config.section import Bytes, Section, read_secret
+from walstream.config.section import Bytes, Seconds, Section, read_secret
 from walstream.errors import ConfigError, FilterError
 from walstream.placeholders import ClaimPath, RowCondition
 from walstream.router import TablePattern
@@ -60,11 +62,19 @@ Words = Annotated[
 
 
 class TableConfig(Section):
-    """A table that a role may read: which columns, and which rows."""
+    """A table that a role may read: which columns, and which rows.
+
+    With ``rls`` the server's row security decides, too; ``deletes`` says whether those rows' keys
+    are told when they are deleted, which it cannot be asked about any more. ``rows`` says of a
+    table with row security that this role may read all of it.
+    """
 
     table: str
     columns: ColumnsConfig = ColumnsConfig()
     where: str | None = None
+    rls: bool = False
+    deletes: Literal["none", "key"] = "none"
+    rows: Literal["all"] | None = None
 
     @field_validator("table")
     @classmethod
@@ -82,6 +92,14 @@ class TableConfig(Section):
                 raise ValueError(error.message) from None
         return value
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.rls and "deletes" in self.model_fields_set:
+            raise ValueError("deletes is about rows that row security hides: it needs rls = true")
+        if self.rows is not None and (self.rls or self.where is not None):
+            raise ValueError('rows = "all" is said of tables without where and rls')
+        return self
+
     @property
     def condition(self) -> RowCondition | None:
         """Which rows; None for all."""
@@ -92,12 +110,76 @@ class RoleConfig(Section):
     """What one role may do; nothing unless it is said.
 
     ``status`` lets it see how walstream is, ``operate`` deliver dead letters again. Of ``tables``
-    the first counts that covers a table.
+    the first counts that covers a table. ``postgres_role`` is the role of the server that row
+    security is asked as; without it the one of the same name.
     """
 
     status: bool = False
     operate: bool = False
     tables: list[TableConfig] = []
+    postgres_role: Annotated[str, Field(min_length=1, max_length=63)] | None = None
+
+
+class ApiKeyConfig(Section):
+    """A key that is no token, such as ``sb_publishable_...``, and the role of who has it."""
+
+    key: SecretStr | None = None
+    key_file: Path | None = None
+    role: str
+
+    @field_validator("key")
+    @classmethod
+    def _is_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _verify_api_key(value.get_secret_value())
+        return value
+
+    @model_validator(mode="after")
+    def _is_given(self) -> Self:
+        if (self.key is None) == (self.key_file is None):
+            raise ValueError("needs key or key_file, one of the two")
+        return self
+
+    def secret(self, place: int) -> str:
+        """Return the key.
+
+        Raises:
+            ConfigError: ``key_file`` cannot be read, or what is in it is no key.
+        """
+        name = f"access.api_keys[{place}].key"
+        text = read_secret(name, self.key, self.key_file) or ""
+        try:
+            _verify_api_key(text)
+        except ValueError as error:
+            raise ConfigError([f"{name}_file: {error}"]) from None
+        return text
+
+
+class RowSecurityConfig(Section):
+    """How the server is asked what its row security shows to whom (``rls``).
+
+    By connections of their own; without ``dsn`` they go where the catalog is.
+    """
+
+    dsn: SecretStr | None = None
+    dsn_file: Path | None = None
+    max_connections: int = Field(2, ge=1, le=100)
+    timeout_seconds: Seconds = 1.0
+
+    @field_validator("dsn")
+    @classmethod
+    def _readable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            postgres.check_dsn(value.get_secret_value())
+        return value
+
+    def own_dsn(self) -> str | None:
+        """Return the connection string, if one is given.
+
+        Raises:
+            ConfigError: ``dsn_file`` cannot be read.
+        """
+        return read_secret("access.row_security.dsn", self.dsn, self.dsn_file)
 
 
 class AccessConfig(Section):
@@ -106,7 +188,8 @@ class AccessConfig(Section):
     Tokens are JSON Web Tokens. They are signed with a shared secret (``secret``, ``secret_file``),
     or by a private key whose public one is known here (``jwks_url``, ``jwks_file``,
     ``public_key_file``): one of these. ``role_claim`` is where a token names its role, one of
-    ``roles``; ``anonymous_role`` is the role of those who have no token.
+    ``roles``; ``anonymous_role`` is the role of those who have no token. ``api_keys`` are taken
+    where a token is.
     """
 
     secret: SecretStr | None = None
@@ -122,6 +205,8 @@ class AccessConfig(Section):
     max_token_bytes: Bytes = 8 << 10
     roles: dict[str, RoleConfig] = {}
     anonymous_role: str | None = None
+    api_keys: list[ApiKeyConfig] = []
+    row_security: RowSecurityConfig = RowSecurityConfig()
 
     @field_validator("secret")
     @classmethod
@@ -178,18 +263,19 @@ class AccessConfig(Section):
     @classmethod
     def _is_role(cls, value: str | None, info: ValidationInfo) -> str | None:
         roles: Mapping[str, RoleConfig] | None = info.data.get("roles")
-        if value is None or roles is None:
-            return value
-        if value not in roles:
-            known = ", ".join(roles) or "none, there is no [access.roles.<name>]"
-            raise ValueError(f"found {value!r}; allowed: {known}")
-        for place, table in enumerate(roles[value].tables):
-            if table.condition is not None and table.condition.claims:
-                raise ValueError(
-                    f"found {value!r}, whose tables[{place}].where needs the claim"
-                    f" {table.condition.claims[0]}; allowed: a role that needs none, for who has"
-                    " no token has no claims"
-                )
+        if value is not None and roles is not None:
+            _verify_claimless(value, roles)
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _have_roles(cls, value: list[ApiKeyConfig], info: ValidationInfo) -> list[ApiKeyConfig]:
+        roles: Mapping[str, RoleConfig] | None = info.data.get("roles")
+        for place, one in enumerate(value if roles is not None else ()):
+            try:
+                _verify_claimless(one.role, roles or {})
+            except ValueError as error:
+                raise ValueError(f"[{place}].role: {error}") from None
         return value
 
     @property
@@ -207,7 +293,13 @@ class AccessConfig(Section):
     @property
     def is_given(self) -> bool:
         """Whether anybody could be let in."""
-        return self.key_name is not None or self.anonymous_role is not None
+        keyless = self.anonymous_role is not None or bool(self.api_keys)
+        return self.key_name is not None or keyless
+
+    @property
+    def asks_row_security(self) -> bool:
+        """Whether the server is asked what a role sees."""
+        return any(table.rls for role in self.roles.values() for table in role.tables)
 
     def signing_secret(self) -> bytes | None:
         """Return the secret that tokens are signed with, if it is one.
@@ -223,6 +315,34 @@ class AccessConfig(Section):
         except ValueError as error:
             raise ConfigError([f"access.{self.key_name}: {error}"]) from None
         return text.encode()
+
+
+_API_KEY_CHARACTERS: Final = 16
+
+
+def _verify_api_key(key: str) -> None:
+    """Raise ValueError, without the key, if it is none."""
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ValueError("found blanks, or what is not ASCII; allowed: a key such as sb_secret_...")
+    if len(key) < _API_KEY_CHARACTERS:
+        raise ValueError(
+            f"found {len(key)} characters; allowed: {_API_KEY_CHARACTERS} or more, as"
+            " openssl rand -hex 16 prints"
+        )
+
+
+def _verify_claimless(role: str, roles: Mapping[str, RoleConfig]) -> None:
+    """Raise ValueError if there is no such role, or one that is for tokens alone."""
+    if role not in roles:
+        known = ", ".join(roles) or "none, there is no [access.roles.<name>]"
+        raise ValueError(f"found {role!r}; allowed: {known}")
+    for place, table in enumerate(roles[role].tables):
+        if table.condition is not None and table.condition.claims:
+            raise ValueError(
+                f"found {role!r}, whose tables[{place}].where needs the claim"
+                f" {table.condition.claims[0]}; allowed: a role that needs none, for who has"
+                " no token has no claims"
+            )
 
 
 def _verify_secret(secret: str, algorithm: str) -> None:

@@ -26,10 +26,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from walstream.config.live import HttpConfig
 from walstream.gateway.compression import CompressAnswers
-from walstream.gateway.cors import Cors
+from walstream.gateway.cors import Cors, not_admitted
 from walstream.gateway.health import health_routes
 from walstream.gateway.hosts import Hosts
 from walstream.gateway.metrics import metrics_route
+from walstream.gateway.sockets import DENIAL, refuse
 from walstream.vitals import Vitals
 
 _DEFAULTS: Final = {
@@ -39,6 +40,9 @@ _DEFAULTS: Final = {
     "X-Content-Type-Options": "nosniff",
 }
 """What every answer has that does not say otherwise; a page brings its own policy."""
+
+_NO_SOCKET: Final = {"error": "Not Found", "hint": "there is no WebSocket at this path"}
+_HEADS: Final = ("http.response.start", f"{DENIAL}.start")
 
 
 def make_app(
@@ -60,9 +64,17 @@ def make_app(
     )
     # Redirects would send the client to an address with the token in it.
     app.router.redirect_slashes = False
-    further: ASGIApp = CompressAnswers(Router(routes, redirect_slashes=False))
+    router = Router(routes, redirect_slashes=False, default=_nowhere)
+    further: ASGIApp = CompressAnswers(router)
     app.router.default = further if http is None else _Guard(further, http)
     return app
+
+
+async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await refuse(scope, receive, send, HTTPStatus.NOT_FOUND, _NO_SOCKET)
+        return
+    raise HTTPException(HTTPStatus.NOT_FOUND)
 
 
 async def _tell(_request: Request, error: Exception) -> Response:
@@ -97,7 +109,7 @@ class _Defaults:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         async def send_with_defaults(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] in _HEADS:
                 headers = MutableHeaders(scope=message)
                 for name, value in _DEFAULTS.items():
                     headers.setdefault(name, value)
@@ -115,14 +127,16 @@ class _Guard:
         self._cors = Cors(http.cors_origins)
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             return self._app(scope, receive, send)
         headers = Headers(raw=scope["headers"])
         answer = _refuse_host(self._hosts, headers.getlist("host"))
-        if answer is None and scope["method"] == "OPTIONS":
-            answer = self._cors.preflight(headers)
+        if answer is None:
+            answer = self._check_origin(scope, headers)
         if answer is not None:
             return answer(scope, receive, send)
+        if scope["type"] == "websocket":
+            return self._app(scope, receive, send)
         allowed = self._cors.headers(headers.get("origin"))
 
         async def send_with_origin(message: Message) -> None:
@@ -136,6 +150,14 @@ class _Guard:
             await send(message)
 
         return self._app(scope, receive, send_with_origin)
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> Response | None:
+        """Answer for the application what pages of other origins ask, where that is to be done."""
+        if scope["type"] == "websocket":
+            # A browser lets any page open one, and read it: there is no CORS for these.
+            is_allowed = self._cors.admits(headers.get("origin"), headers["host"])
+            return None if is_allowed else not_admitted()
+        return self._cors.preflight(headers) if scope["method"] == "OPTIONS" else None
 
 
 def _refuse_host(hosts: Hosts, asked: Sequence[str]) -> Response | None:

@@ -51,6 +51,16 @@ class Cors:
         """Say that another origin may get other headers, where that is so."""
         return {"Vary": "Origin"} if self._listed else {}
 
+    def admits(self, origin: str | None, host: str) -> bool:
+        """Whether a page of this origin may open a WebSocket.
+
+        A page of the server itself may, and who is no page: other clients name no origin, or that
+        of the server that they ask.
+        """
+        if origin is None or self._is_any or origin.lower() in self._listed:
+            return True
+        return origin.lower().partition("://")[2] == host.lower()
+
     def preflight(self, request: Headers) -> Response | None:
         """Answer what a browser asks before a request; None when this is something else."""
         if "origin" not in request or "access-control-request-method" not in request:
@@ -69,6 +79,11 @@ class Cors:
         if is_private:
             headers["Access-Control-Allow-Private-Network"] = "true"
         return Response(status_code=HTTPStatus.NO_CONTENT, headers=headers)
+
+
+def not_admitted() -> Response:
+    """Refuse a WebSocket of a page."""
+    return _refused({}, is_private=False)
 
 
 def _refused(headers: dict[str, str], *, is_private: bool) -> Response:

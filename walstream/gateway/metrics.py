@@ -27,7 +27,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from walstream.errors import Unavailable
-from walstream.vitals import CALL_SECONDS_BOUNDS, CallTimes, LiveVitals, Phase, SlotVitals, Vitals
+from walstream.vitals import (
+    CALL_SECONDS_BOUNDS,
+    CallTimes,
+    LiveVitals,
+    Phase,
+    RealtimeVitals,
+    SlotVitals,
+    Vitals,
+)
 
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -97,6 +105,7 @@ class VitalsCollector(Collector):
         yield from _in_flight(vitals)
         yield from _connections(vitals)
         yield from _live(vitals.live or LiveVitals(), vitals)
+        yield from _realtime(vitals.realtime or RealtimeVitals(), vitals)
         yield from _journal(vitals)
 
 
@@ -365,6 +374,29 @@ def _live(live: LiveVitals, vitals: Vitals) -> Iterator[Metric]:
         "Streams of clients that have ended, by why",
         ["reason"],
         [((reason,), count) for reason, count in live.ended.items()],
+    )
+
+
+def _realtime(realtime: RealtimeVitals, vitals: Vitals) -> Iterator[Metric]:
+    gauges: list[tuple[str, str, int]] = [
+        ("sockets", "WebSockets of clients", realtime.sockets),
+        ("channels", "Channels that they are in, counted for each socket", realtime.channels),
+        ("rooms", "Channels that somebody is in", realtime.rooms),
+        ("presences", "Those who let others see that they are present", realtime.presences),
+    ]
+    for name, documentation, value in gauges:
+        yield _gauge(vitals, f"walstream_realtime_{name}", documentation, value)
+    yield _counter(
+        vitals,
+        "walstream_realtime_broadcasts_total",
+        "Broadcasts that were taken, from sockets and by HTTP",
+        realtime.broadcasts,
+    )
+    yield _counter(
+        vitals,
+        "walstream_realtime_sent_broadcasts_total",
+        "Broadcasts that were sent, to each who is there",
+        realtime.sent_broadcasts,
     )
 
 

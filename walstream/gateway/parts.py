@@ -12,14 +12,18 @@ from walstream.config import Config
 from walstream.config.live import LiveConfig
 from walstream.gateway.desk import Desk, Letters, Replaying
 from walstream.live.hub import Hub
-from walstream.vitals import Vitals
+from walstream.realtime.rooms import Rooms
+from walstream.realtime.services import Services
+from walstream.realtime.topics import Topics
+from walstream.vitals import RealtimeVitals, Vitals
 
 
 class Parts(msgspec.Struct, frozen=True):
     """What the paths are about.
 
     ``hub`` has the changes, and is None while there is no live sink; ``gate`` says who may read
-    them, ``live`` how much; ``desk`` is where dead letters are.
+    them, ``live`` how much; ``desk`` is where dead letters are, and ``realtime`` what the clients
+    of Supabase Realtime need.
     """
 
     vitals: Callable[[], Vitals]
@@ -27,6 +31,7 @@ class Parts(msgspec.Struct, frozen=True):
     gate: Gate
     desk: Desk
     live: LiveConfig
+    realtime: Services
 
     @classmethod
     def of(
@@ -47,7 +52,19 @@ class Parts(msgspec.Struct, frozen=True):
         gate = Gate(
             config.access, masking_key=config.masking.secret(), own_tables=config.own_tables()
         )
-        return cls(vitals, hub, gate, Desk(letters, make_replay), config.live)
+        realtime = Services(
+            hub=hub,
+            gate=gate,
+            rooms=Rooms(config.realtime),
+            topics=Topics(config.realtime),
+            config=config.realtime,
+            live=config.live,
+        )
+        return cls(vitals, hub, gate, Desk(letters, make_replay), config.live, realtime)
+
+    def realtime_vitals(self) -> RealtimeVitals | None:
+        """Say how the clients of Supabase Realtime are; None where they are not answered."""
+        return self.realtime.vitals() if self.realtime.config.enabled else None
 
     async def close(self, drain_seconds: float) -> None:
         """Ask for no more keys, and let a replay finish what it is delivering."""

@@ -8,6 +8,7 @@ from walstream.gateway.changes import changes_routes
 from walstream.gateway.dashboard import dashboard_route
 from walstream.gateway.letters import letters_routes
 from walstream.gateway.parts import Parts
+from walstream.gateway.realtime import realtime_routes
 from walstream.gateway.status import status_route
 
 
@@ -18,4 +19,5 @@ def make_paths(parts: Parts) -> list[BaseRoute]:
         *changes_routes(parts.hub, parts.gate, parts.live),
         status_route(parts.vitals, parts.hub, parts.gate),
         *letters_routes(parts.desk, parts.gate),
+        *realtime_routes(parts.realtime),
     ]

@@ -46,7 +46,7 @@ MAX_LAYOUTS: Final = 512
 _Index: TypeAlias = LayoutIndex[Cohort]
 _Shown: TypeAlias = dict[Hashable, bytes]
 _Frames: TypeAlias = dict[Cohort, list[bytes]]
-_Seen: TypeAlias = dict[Cohort, list[Sighting]]
+_Seen: TypeAlias = dict[Cohort, tuple[Sighting, ...]]
 
 Prepared: TypeAlias = dict[Layout, list[View]]
 """A cohort's views, for each layout in the order of its subscriptions."""
@@ -262,28 +262,38 @@ class Hub:
 
     def _publish_one(self, change: Change, frames: _Frames, *, strict: bool) -> int:
         """Return the bytes of the longest form of the change that somebody gets."""
-        index = self._indexes.get(change.layout)
-        seen: _Seen = {}
-        if index is not None:
-            shown: _Shown = {}
-            for group in index.candidates(change):
-                look = look_at(group.view, change, strict=strict)
-                if look is None:
-                    continue
-                body = _body(group, change, look, shown)
-                for cohort, rank in group.members.items():
-                    if cohort in seen:
-                        seen[cohort].append((rank, body))
-                    else:
-                        seen[cohort] = [(rank, body)]
         longest = 0
-        for cohort, sightings in seen.items():
+        for cohort, sightings in self._seen_by(change, strict=strict).items():
             frame = cohort.encoding.address(sightings)
-            longest = max(longest, len(frame))
-            frames.setdefault(cohort, []).append(frame)
+            if len(frame) > longest:
+                longest = len(frame)
+            pieces = frames.get(cohort)
+            if pieces is None:
+                frames[cohort] = [frame]
+            else:
+                pieces.append(frame)
         self.position = Position.of(change)
         self.published_changes += 1
         return longest
+
+    def _seen_by(self, change: Change, *, strict: bool) -> _Seen:
+        """Return who sees a change, and how."""
+        index = self._indexes.get(change.layout)
+        seen: _Seen = {}
+        if index is None:
+            return seen
+        shown: _Shown = {}
+        for group in index.candidates(change):
+            look = look_at(group.view, change, strict=strict)
+            if look is None:
+                continue
+            body = _body(group, change, look, shown)
+            for cohort, rank in group.members.items():
+                if cohort in seen:
+                    seen[cohort] = (*seen[cohort], (rank, body))
+                else:
+                    seen[cohort] = ((rank, body),)
+        return seen
 
     def _tell_reset(self) -> None:
         for cohort in self._cohorts.values():

@@ -6,19 +6,21 @@ Of what a reader may not see nothing is told, not even whether it is there.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
+
+import msgspec
 
 from walstream.access.readers import Reader, Sight
 from walstream.catalog import Catalog, Table
 from walstream.changes import Layout, Relation
 from walstream.errors import FilterError, Unavailable
-from walstream.filters import literals
+from walstream.filters import Filter, Literal, literals
 from walstream.live.literals import Literals
 from walstream.live.subscriptions import RequestRefused, Subscription, named_columns
 from walstream.live.views import literals_of
 from walstream.offline import read_offline
-from walstream.router import Route
+from walstream.router import Route, TablePattern
 
 MAX_ASKED: Final = 100
 """Values of one filter that the server is asked about: the stream asks by the same connection."""
@@ -27,6 +29,13 @@ MAX_TABLES: Final = 512
 
 TABLE_SECONDS: Final = 10.0
 """So long an answer of the catalog is good for those who subscribe."""
+
+
+class VisibleTable(msgspec.Struct, frozen=True):
+    """A table whose changes come here, and what a reader sees of it."""
+
+    layout: Layout
+    sight: Sight
 
 
 class Requests:
@@ -55,6 +64,44 @@ class Requests:
         except Unavailable:
             raise RequestRefused(503, "the database cannot be asked at this moment") from None
 
+    async def visible(self, pattern: TablePattern, reader: Reader) -> AsyncIterator[VisibleTable]:
+        """Go through the tables of a pattern that come here and that the reader may read.
+
+        Raises:
+            Unavailable: the catalog cannot be asked.
+        """
+        relation = pattern.relation
+        named = [relation] if relation else await self._catalog.tables(pattern.schema, pattern.name)
+        for one in named:
+            table = await self._table(one)
+            layout = _layout_of(one, table, self._catalog)
+            sight = reader.sight(layout)
+            if table is None or sight is None or not self._comes(layout):
+                continue
+            await self._catalog.learn_types(layout.columns.values())
+            try:
+                await self._check_condition(sight, layout)
+            except RequestRefused:
+                continue
+            yield VisibleTable(layout, sight)
+
+    def may_compare(self, column: str, table: VisibleTable) -> bool:
+        """Whether a client may have a column in its filter: what it would tell, it may know."""
+        is_known = column in table.layout.columns and table.sight.reads(column)
+        return is_known and not self._is_masked(column, table.layout)
+
+    async def read_values(self, where: Filter, table: VisibleTable) -> None:
+        """Let the server read the values of a client's filter.
+
+        Raises:
+            FilterError: the filter does not fit the table, or a value its column; or there are too
+                many that only the server can read.
+            Unavailable: the catalog cannot be asked.
+        """
+        layout = table.layout
+        asked = literals(where, layout.columns, layout.types, layout.relation, is_linear=True)
+        await self._read(asked, layout)
+
     async def _check(self, subscription: Subscription, reader: Reader) -> None:
         relation = subscription.pattern.relation
         if relation is None:
@@ -67,16 +114,18 @@ class Requests:
             raise RequestRefused(403, f"{relation} may not be read")
         if table is None:
             raise RequestRefused(404, f"there is no table {relation}")
-        if not any(route.wants(relation, layout.ancestors) for route in self.routes):
+        if not self._comes(layout):
             hint = "a [[routes]] that leads to the live sink decides what can be asked for"
             raise RequestRefused(404, f"no changes of {relation} come here", hint=hint)
         self._check_columns(subscription, sight, layout)
         await self._catalog.learn_types(layout.columns.values())
         await self._check_condition(sight, layout)
-        asked = literals_of(subscription, sight, layout)
+        await self._read(literals_of(subscription, sight, layout), layout)
+
+    async def _read(self, asked: Sequence[Literal], layout: Layout) -> None:
         if sum(read_offline(literal, layout.types) is None for literal in asked) > MAX_ASKED:
-            message = f"where: more than {MAX_ASKED} values that only the server can read"
-            raise RequestRefused(400, message, hint="write them as the server prints them")
+            message = f"more than {MAX_ASKED} values that only the server can read"
+            raise FilterError(message, hint="write them as the server prints them")
         await self._literals.normalise(asked, layout)
 
     async def _check_condition(self, sight: Sight, layout: Layout) -> None:
@@ -101,14 +150,16 @@ class Requests:
         raise RequestRefused(403, f"{pattern} may not be read")
 
     def _check_columns(self, subscription: Subscription, sight: Sight, layout: Layout) -> None:
-        known = layout.columns
-        projection = sight.projection
+        table = VisibleTable(layout, sight)
         for name in sorted(named_columns(subscription)):
-            if name not in known or not sight.reads(name) or self._is_masked(name, layout):
+            if not self.may_compare(name, table):
                 raise RequestRefused(403, f"where: the column {name!r} may not be read")
         for name in sorted(subscription.columns or ()):
-            if name not in known or not (projection is None or projection.passes(name)):
+            if not is_sent(name, table):
                 raise RequestRefused(403, f"columns: the column {name!r} may not be read")
+
+    def _comes(self, layout: Layout) -> bool:
+        return any(route.wants(layout.relation, layout.ancestors) for route in self.routes)
 
     def _is_masked(self, name: str, layout: Layout) -> bool:
         """Whether no route passes the column on as it is."""
@@ -124,6 +175,12 @@ class Requests:
                 self._tables.clear()
             self._tables[relation] = (now, table)
         return table
+
+
+def is_sent(column: str, table: VisibleTable) -> bool:
+    """Whether a reader may have a column, masked or not."""
+    projection = table.sight.projection
+    return column in table.layout.columns and (projection is None or projection.passes(column))
 
 
 def _layout_of(relation: Relation, table: Table | None, catalog: Catalog) -> Layout:

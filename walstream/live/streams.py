@@ -45,8 +45,12 @@ async def begin_at(hub: Hub, since: str | None) -> Beginning:
     return Beginning(hub.position, "foreign") if is_foreign else Beginning(position)
 
 
-async def serve(hub: Hub, client: Client, beginning: Beginning, heartbeat_seconds: float) -> None:
+async def serve(
+    hub: Hub, client: Client, beginning: Beginning, heartbeat_seconds: float
+) -> Position:
     """Give a client all that it missed, and then what comes, until it ends.
+
+    Returns up to where it has read what it missed.
 
     Args:
         hub: with the changes.
@@ -63,35 +67,39 @@ async def serve(hub: Hub, client: Client, beginning: Beginning, heartbeat_second
             begin = hub.position  # as the note says: more may have come meanwhile
         while begin > hub.position and not client.has_ended():  # what it has got comes again
             await client.wait(CATCH_UP_SECONDS)
-        await _replay(hub, client, begin)
+        reached = await _replay(hub, client, begin)
         await _live(hub, client, heartbeat_seconds)
         if client.end is not End.LEFT:
             # Who has got all up to here goes on from here.
             is_complete = client in client.cohort.clients and not client.has_missed
             position = hub.position if is_complete else None
             outflow.write(encoding.note("end", {"reason": client.end}, position))
+        return reached
     finally:
         hub.leave(client)
 
 
-async def _replay(hub: Hub, client: Client, begin: Position) -> None:
+async def _replay(hub: Hub, client: Client, begin: Position) -> Position:
     while not client.has_ended():
+        missed = Missed(hub, client, begin)
         try:
-            async for piece in Missed(hub, client, begin):
+            async for piece in missed:
                 client.outflow.write(piece)
                 await client.outflow.room()
                 if client.has_ended():
-                    return
+                    return missed.position
         except JournalTrimmed:  # it was slower than the history is long
             client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))
             begin = hub.position
         except WalstreamError as failure:  # it comes back, and asks again
+            begin = missed.position
             if client.has_ended():
-                return
+                break
             log.error("history_not_read", error=failure.message, hint=failure.hint)  # noqa: TRY400
             client.finish(End.CLOSING)
         else:
-            return
+            return missed.position
+    return begin
 
 
 async def _live(hub: Hub, client: Client, heartbeat_seconds: float) -> None:

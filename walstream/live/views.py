@@ -7,7 +7,8 @@ what the change itself carries, and what it does not carry is not visible:
 - UPDATE whose new row is visible and passes the filter: it is sent. The old row is sent with it
   only when that was visible too; a reader that a row comes to sees nothing of its past.
 - UPDATE whose old row was visible and passed the filter, and whose new row is not visible any more:
-  it has left the reader's sight, and is sent as ``leaving`` by its key alone.
+  it has left the reader's sight, and is sent as ``leaving`` by its key alone; to a subscription
+  that is not told of departures only when it asks for what leaves.
 - UPDATE whose new row is visible and does not pass the filter, and whose old row did: sent, marked
   as ``leaving``, when the subscription asks for that.
 - DELETE: the old row must pass both. TRUNCATE has no row.
@@ -58,6 +59,7 @@ class View:
         "_layout",
         "_narrow",
         "_sight_condition",
+        "_tells_departure",
         "_wants",
         "equalities",
         "may_leave",
@@ -91,16 +93,17 @@ class View:
         self.sight = sight
         self.rank = rank
         self._layout = layout
-        self._condition = _compiled(subscription.where, layout, normalised)
+        self._condition = _compiled(subscription.where, layout, normalised, is_linear=True)
         self._sight_condition = _compiled(sight.where, layout, normalised)
         self._wants = frozenset(filter(subscription.wants, Operation))
-        self._narrow = (
-            None if subscription.columns is None else Projection(include=subscription.columns)
-        )
+        columns = _columns_of(subscription, layout)
+        self._narrow = None if columns is None else Projection(include=columns)
+        self._tells_departure = subscription.tells_departure or subscription.leaving
         self.may_leave = _UPDATE in self._wants and (
-            sight.where is not None or (subscription.leaving and subscription.where is not None)
+            (self._tells_departure and sight.where is not None)
+            or (subscription.leaving and subscription.where is not None)
         )
-        self.shape = (sight.projection, subscription.columns)
+        self.shape = (sight.projection, columns)
         """Views of equal shapes show a change that they see in the same way alike."""
         self.equalities: Mapping[str, Any] = equalities_of(subscription, sight, layout, normalised)
 
@@ -158,6 +161,8 @@ class View:
                 return Look.WHOLE if was_seen else Look.WITHOUT_PAST
             asked = self.subscription.leaving and was_seen
             return Look.LEAVING if asked and self._passes(change.identity) else None
+        if not self._tells_departure:
+            return None
         old = change.identity
         return Look.LEAVING_BY_KEY if self._sees(old) and self._passes(old) else None
 
@@ -172,13 +177,16 @@ def literals_of(subscription: Subscription, sight: Sight, layout: Layout) -> lis
     """List the values in the filters that the server must read as the layout's types.
 
     Raises:
-        FilterError: a filter does not fit them.
+        FilterError: a filter does not fit them, or has a pattern that no client may have.
     """
+    asked = (subscription.where, True), (sight.where, False)  # who runs walstream is trusted
     return [
         literal
-        for where in (subscription.where, sight.where)
+        for where, is_linear in asked
         if where is not None
-        for literal in literals(where, layout.columns, layout.types, layout.relation)
+        for literal in literals(
+            where, layout.columns, layout.types, layout.relation, is_linear=is_linear
+        )
     ]
 
 
@@ -206,13 +214,25 @@ def updated_row(change: Change) -> Row:
     return Row(change.layout, [*(change.new_columns or ()), *kept])
 
 
+def _columns_of(subscription: Subscription, layout: Layout) -> frozenset[str] | None:
+    """Return the columns that are asked for; None for all."""
+    columns = subscription.columns
+    if columns is None or not subscription.with_key:
+        return columns
+    return columns.union(layout.key)
+
+
 def _compiled(
-    where: Filter | None, layout: Layout, normalised: Mapping[Literal, str]
+    where: Filter | None,
+    layout: Layout,
+    normalised: Mapping[Literal, str],
+    *,
+    is_linear: bool = False,
 ) -> Condition | None:
     if where is None:
         return None
     try:
-        return compile_filter(where, layout.columns, layout.types, normalised)
+        return compile_filter(where, layout.columns, layout.types, normalised, is_linear=is_linear)
     except FilterError:
         if layout.in_catalog:
             raise

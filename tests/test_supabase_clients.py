@@ -1,0 +1,219 @@
+"""The stock client of Supabase in Node, by both versions of the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.postgres import Database
+from tests.proxy import Proxy
+from tests.supabase_service import SupabaseService, module_service, supabase_service
+from tests.supabase_tests import (
+    AccessTests,
+    ChangesTests,
+    ReturnTests,
+    RoomsTests,
+    client_of,
+    every_change_comes_once,
+    problems,
+    rejoins_after_a_restart,
+)
+from tests.told import NodeClient, Told
+
+VERSIONS = ("1.0.0", "2.0.0")
+
+
+@pytest.fixture(scope="module")
+def service(
+    server_dsn: str, database_template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SupabaseService]:
+    with module_service(tmp_path_factory.mktemp("service"), server_dsn, database_template) as it:
+        yield it
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def program(
+    request: pytest.FixtureRequest, node_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[NodeClient]:
+    log = tmp_path_factory.mktemp("node") / "log"
+    with NodeClient(node_folder, log, request.param) as program:
+        yield program
+
+
+@pytest.fixture
+def told(program: NodeClient) -> Iterator[Told]:
+    yield program
+    program.close_all()
+
+
+class TestChanges(ChangesTests):
+    pass
+
+
+class TestRooms(RoomsTests):
+    pass
+
+
+class TestAccess(AccessTests):
+    pass
+
+
+class TestReturn(ReturnTests):
+    pass
+
+
+@pytest.fixture
+def proxy() -> Iterator[Proxy]:
+    with Proxy("host=127.0.0.1 port=1", is_postgres=False) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def both(node_folder: Path, tmp_path: Path) -> Iterator[list[Told]]:
+    """A client of each version."""
+    with ExitStack() as programs:
+        clients = [
+            programs.enter_context(NodeClient(node_folder, tmp_path / f"log {version}", version))
+            for version in VERSIONS
+        ]
+        yield list(clients)
+        for told in clients:
+            told.close_all()
+
+
+def test_a_restart_of_walstream(
+    both: list[Told], database: Database, proxy: Proxy, tmp_path: Path
+) -> None:
+    rejoins_after_a_restart(both, database, proxy, tmp_path)
+
+
+def test_connections_that_are_cut_lose_and_double_nothing(
+    both: list[Told], database: Database, proxy: Proxy, tmp_path: Path
+) -> None:
+    with supabase_service(tmp_path, database, proxy) as service:
+        every_change_comes_once(both, service, count=10_000)
+
+
+class TestNode:
+    """What only this client has."""
+
+    def test_what_is_sent_before_the_join_goes_by_http(
+        self, told: Told, service: SupabaseService
+    ) -> None:
+        topic = service.topic()
+        hears = client_of(told, service).channel(topic).on("broadcast", event="*").join()
+        speaker = client_of(told, service).channel(topic)
+        said = {"type": "broadcast", "event": "early", "payload": {"n": 1}}
+        assert speaker.tell("send", message=said) == "ok"
+        hears.wait_for(lambda it: it.payloads("broadcast"))
+        (heard,) = hears.payloads("broadcast")
+        assert (heard["event"], heard["payload"]) == ("early", {"n": 1})
+
+    def test_a_binding_is_live_when_the_client_asked_to_wait_for_it(
+        self, told: Told, service: SupabaseService
+    ) -> None:
+        table = service.table("id int PRIMARY KEY")
+        channel = client_of(told, service).channel(
+            service.topic(),
+            postgres_changes_options={"wait": True},
+            broadcast={"replication_ready": True},
+        )
+        channel.on("system", "system").on_changes(table=table).join()
+        service.execute(f"INSERT INTO {table} VALUES (1)")
+        channel.wait_for(lambda it: it.ids() == [1])
+        assert [
+            (one["extension"], one["message"]) for one in channel.payloads("system", "system")
+        ] == [
+            ("system", "Replication connection established"),
+            ("postgres_changes", "Subscribed to PostgreSQL"),
+        ]
+
+
+def test_bytes_come_to_those_who_can_have_them(both: list[Told], service: SupabaseService) -> None:
+    """By version 2.0.0; others get what is JSON."""
+    topic = service.topic()
+    old, new = (client_of(told, service).channel(topic) for told in both)
+    speaker = client_of(both[1], service).channel(topic, broadcast={"ack": True}).join()
+    for channel in (old, new):
+        channel.on("broadcast", event="*").join()
+    raw = {"$bytes": "AAEC/w=="}
+    for payload in (raw, {"n": 1}):
+        said = {"type": "broadcast", "event": "x", "payload": payload}
+        assert speaker.tell("send", message=said) == "ok"
+        speaker.tell("httpSend", event="by http", payload=payload)
+    new.wait_for(lambda it: len(it.payloads("broadcast")) == 4)
+    old.wait_for(lambda it: len(it.payloads("broadcast")) == 2)
+    assert [one["payload"] for one in new.payloads("broadcast")] == [raw, raw, {"n": 1}, {"n": 1}]
+    assert [one["payload"] for one in old.payloads("broadcast")] == [{"n": 1}, {"n": 1}]
+
+
+def test_limits_are_told(
+    both: list[Told], database: Database, proxy: Proxy, tmp_path: Path
+) -> None:
+    limits = "max_channels = 2\nmax_bindings = 2\njoins_per_second = 4\nmessages_per_second = 20"
+    with supabase_service(tmp_path, database, proxy, limits=limits) as service:
+        for told in both:
+            _verify_channels(told, service)
+            _verify_joins(told, service)
+            _verify_bindings(told, service)
+            _verify_messages(told, service)
+            _verify_presence(told, service)
+            told.close_all()
+
+
+def _verify_channels(told: Told, service: SupabaseService) -> None:
+    client = client_of(told, service)
+    for _ in range(2):
+        client.channel(service.topic()).join()
+    third = client.channel(service.topic()).subscribe()
+    third.wait_for(lambda it: it.errors)
+    assert third.errors[0] == "ChannelRateLimitReached: Too many channels"
+
+
+def _verify_joins(told: Told, service: SupabaseService) -> None:
+    client = client_of(told, service)
+    channels = []
+    for _ in range(5):
+        channels.append(client.channel(service.topic()).subscribe())
+        channels[-1].wait_for(lambda it: it.statuses)
+        channels[-1].remove()
+    told_why = [one.errors for one in channels if one.errors]
+    assert told_why == [["ClientJoinRateLimitReached: Too many joins per second"]]
+
+
+def _verify_bindings(told: Told, service: SupabaseService) -> None:
+    channel = client_of(told, service).channel(service.topic()).on("system", "system")
+    for number in range(3):
+        channel.on_changes(str(number), table=service.table("id int PRIMARY KEY"))
+    channel.join().wait_for(problems)
+    assert problems(channel)[0].startswith("Too many postgres_changes: 3")
+
+
+def _verify_messages(told: Told, service: SupabaseService) -> None:
+    channel = client_of(told, service).channel(service.topic()).on("system", "system").join()
+    for number in range(30):
+        said = {"type": "broadcast", "event": "x", "payload": {"n": number}}
+        channel.tell("send", message=said)
+    channel.wait_for(problems)
+    assert problems(channel)[0] == "Too many messages per second"
+
+
+def _verify_presence(told: Told, service: SupabaseService) -> None:
+    channel = client_of(told, service).channel(service.topic()).on("system", "system").join()
+    for number in range(6):
+        channel.tell("track", payload={"n": number})
+    channel.wait_for(problems)
+    assert problems(channel)[0] == "Client presence rate limit exceeded"
+
+
+def test_a_project_may_have_private_channels_only(
+    both: list[Told], database: Database, proxy: Proxy, tmp_path: Path
+) -> None:
+    with supabase_service(tmp_path, database, proxy, limits="public_channels = false") as service:
+        for told in both:
+            channel = client_of(told, service).channel("room").subscribe()
+            channel.wait_for(lambda it: it.errors)
+            assert channel.errors[0] == ("PrivateOnly: This project only allows private channels")

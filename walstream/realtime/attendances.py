@@ -1,0 +1,331 @@
+"""One channel of one socket, from the join to the end: who may, what is heard, what is said."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final, Protocol
+
+from walstream.access.readers import Reader
+from walstream.access.refusals import ReaderRefused
+from walstream.live.clients import End, Outflow
+from walstream.live.hub import Hub
+from walstream.live.subscriptions import Limits
+from walstream.realtime.bindings import Binding, read_bindings
+from walstream.realtime.followings import Following
+from walstream.realtime.messages import Version
+from walstream.realtime.protocol import Broadcasting, Channel
+from walstream.realtime.protocol import Protocol as Core
+from walstream.realtime.refusals import join_refusal, not_enabled
+from walstream.realtime.rooms import TrackRefused
+from walstream.realtime.services import Services
+from walstream.realtime.verifying import verify
+
+SUBSCRIBED: Final = "Subscribed to PostgreSQL"
+JOIN_SECONDS: Final = 8.0
+"""So long a join waits for the stream to begin: clients give up after ten seconds."""
+
+_LOOK_AGAIN_SECONDS: Final = 0.1
+_LONGEST_TIMER_SECONDS: Final = 30 * 86400.0
+_SERVICE_RESTART: Final = 1012
+_TRY_AGAIN_LATER: Final = 1013
+
+
+class Caller(Protocol):
+    """The socket that a channel is joined on; `walstream.realtime.visits.Visit` is one."""
+
+    @property
+    def outflow(self) -> Outflow:
+        """The way to the client."""
+
+    def send(self, frames: bytes) -> None:
+        """Send something, or cut the client off when it does not keep up."""
+
+    def end(self, code: int, reason: str) -> None:
+        """End the connection."""
+
+    def resume(self) -> None:
+        """Go on with what the client has sent while it waited for a join to be answered."""
+
+    def forget(self, channel: Channel) -> None:
+        """Know nothing more of a channel that has ended by itself."""
+
+
+class JoinRefused(Exception):
+    """A channel cannot be joined; the text is for the client."""
+
+
+class Attendance:
+    """A channel that somebody joins, is in, and leaves."""
+
+    def __init__(
+        self,
+        services: Services,
+        core: Core,
+        channel: Channel,
+        caller: Caller,
+        *,
+        reader: Reader,
+        token: str | None,
+    ) -> None:
+        """Take what a join asks for.
+
+        Args:
+            services: of the process.
+            core: the protocol of the socket.
+            channel: asked for.
+            caller: the socket.
+            reader: who it is by the token of the connection.
+            token: that one.
+        """
+        self.version: Final[Version] = core.version
+        self.wants_self: Final = channel.join.broadcast_self
+        self.wants_presence: Final = channel.join.presence_enabled
+        self._services = services
+        self._core = core
+        self._channel = channel
+        self._caller = caller
+        self._reader = reader
+        self._token = token
+        self._key = channel.join.presence_key or str(uuid.uuid4())
+        self._following: Following | None = None
+        self._room = (channel.topic, channel.join.is_private)
+        self._is_present = False
+        self._tasks: asyncio.TaskGroup
+        self._running: set[asyncio.Task[None]] = set()
+        self._in_turn = asyncio.Lock()
+        self._expiring: asyncio.TimerHandle | None = None
+
+    # Called by the socket
+
+    def begin(self, tasks: asyncio.TaskGroup) -> None:
+        """Join, in a task of the group."""
+        self._tasks = tasks
+        self._run(self._join())
+
+    def renew(self, token: str) -> None:
+        """Go on by another token, once it is verified."""
+        if token != self._token:
+            self._run(self._renew(token))
+
+    def leave(self) -> None:
+        """Be gone, at once."""
+        for task in self._running:
+            task.cancel()
+        if self._expiring is not None:
+            self._expiring.cancel()
+        if self._following is not None:
+            self._following.leave()
+        if self._is_present:
+            self._is_present = False
+            self._services.rooms.leave(self._room, self)
+
+    def send(self, frames: bytes) -> None:
+        """Let the client have what is said in the room."""
+        self._caller.send(frames)
+
+    def broadcast(self, event: Broadcasting) -> None:
+        """Say something to the others."""
+        refusal = self._refusal_to_say(event.payload)
+        if not refusal:
+            self._services.rooms.broadcast(
+                self._room,
+                event.event,
+                event.payload,
+                is_json=event.is_json,
+                sender=self,
+                metadata=event.metadata,
+            )
+        if event.wants_ack:
+            self._answer(event.ref, refusal)
+
+    def track(self, ref: str | None, payload: dict[str, Any]) -> None:
+        """Be seen with this."""
+        refusal = self._refusal_to_say(b"")
+        if not refusal:
+            try:
+                self._services.rooms.track(self._room, self, self._key, payload)
+            except TrackRefused as refused:
+                refusal = str(refused)
+        self._answer(ref, refusal)
+
+    def untrack(self, ref: str | None) -> None:
+        """Be seen no more."""
+        self._answer(ref, "")
+        self._services.rooms.untrack(self._room, self)
+
+    def _answer(self, ref: str | None, refusal: str) -> None:
+        response = {"reason": refusal} if refusal else {}
+        self._caller.send(self._core.reply(self._channel, ref, response, ok=not refusal))
+
+    def _refusal_to_say(self, payload: bytes) -> str:
+        if len(payload) > self._services.config.max_broadcast_bytes:
+            return "payload_size_exceeded"
+        may = not self._channel.join.is_private or self._services.topics.may_write(
+            self._reader, self._channel.name
+        )
+        if may:
+            return ""
+        return (
+            "Unauthorized: You do not have permissions to write to this Channel topic:"
+            f" {self._channel.name}"
+        )
+
+    # The join
+
+    async def _join(self) -> None:
+        try:
+            await self._admit(self._channel.join.token or self._token)
+            bindings = read_bindings(self._channel.join.bindings, self._limits())
+            problems = await self._subscribe(bindings)
+        except ReaderRefused as refusal:
+            self._refuse(join_refusal(refusal))
+        except JoinRefused as refusal:
+            self._refuse(str(refusal))
+        else:
+            self._enter(bindings, problems)
+
+    async def _admit(self, token: str | None) -> None:
+        """Say who it is, and whether they may enter.
+
+        Raises:
+            ReaderRefused: the token is not to be believed.
+            JoinRefused: they may not.
+        """
+        self._reader = await self._services.gate.admit(token)
+        self._token = token
+        self._verify_topic()
+
+    def _verify_topic(self) -> None:
+        if not self._channel.join.is_private:
+            if not self._services.config.public_channels:
+                raise JoinRefused("PrivateOnly: This project only allows private channels")
+        elif not self._services.topics.may_read(self._reader, self._channel.name):
+            raise JoinRefused(
+                "Unauthorized: You do not have permissions to read from this Channel topic:"
+                f" {self._channel.name}"
+            )
+
+    async def _subscribe(self, bindings: Sequence[Binding]) -> list[str]:
+        """Find out where each binding begins; return what is wrong with others."""
+        problems = [binding.error for binding in bindings if binding.error]
+        wanted = [binding for binding in bindings if not binding.error]
+        if not wanted:
+            return problems
+        hub = await self._hub()
+        if hub is None:
+            return [*problems, *(not_enabled(binding.parameters) for binding in wanted)]
+        following = Following(
+            hub,
+            self._caller.outflow,
+            version=self.version,
+            topic=self._channel.topic,
+            max_queue_bytes=self._services.live.max_queue_bytes,
+            on_end=self._end_connection,
+        )
+        for binding in wanted:
+            problem = await verify(binding, hub.requests, self._reader)
+            problem = problem or await following.add(binding)
+            if problem:
+                problems.append(problem)
+        self._following = following
+        return problems
+
+    def _limits(self) -> Limits:
+        services = self._services
+        return Limits(services.config.max_bindings, services.live.max_filter_bytes)
+
+    async def _hub(self) -> Hub | None:
+        """Return where changes come from, once they come."""
+        join = self._channel.join
+        seconds = join.wait_seconds if join.wait else JOIN_SECONDS
+        deadline = time.monotonic() + seconds
+        while (hub := self._services.hub()) is not None and not hub.has_begun:
+            if time.monotonic() > deadline:
+                raise JoinRefused(
+                    f"PostgresChangesSubscribeTimeout: Timed out after {seconds * 1000:.0f}ms"
+                    " waiting for the postgres_changes subscription"
+                )
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+        return hub
+
+    def _enter(self, bindings: Sequence[Binding], problems: Sequence[str]) -> None:
+        """Be in the channel from now on: the reply comes before everything else."""
+        core, channel, send = self._core, self._channel, self._caller.send
+        send(core.joined(channel, {"postgres_changes": [binding.echo for binding in bindings]}))
+        rooms = self._services.rooms
+        rooms.enter(self._room, self)
+        self._is_present = True
+        if channel.join.presence_enabled:
+            send(core.push(channel, "presence_state", rooms.state(self._room)))
+        if channel.join.wants_replication_ready:
+            send(core.system(channel, "system", "ok", "Replication connection established"))
+        for problem in problems:
+            send(core.system(channel, "postgres_changes", "error", problem))
+        if self._following is not None and not self._following.is_empty:
+            send(core.system(channel, "postgres_changes", "ok", SUBSCRIBED))
+            self._following.start(self._reader, self._tasks)
+        self._expire_later()
+        self._caller.resume()
+
+    def _refuse(self, reason: str) -> None:
+        self._caller.forget(self._channel)
+        self._caller.send(self._core.refuse_join(self._channel, reason))
+
+    # What comes later
+
+    async def _renew(self, token: str) -> None:
+        before = self._reader.grants
+        try:
+            await self._admit(token)
+        except ReaderRefused as refusal:
+            self._close(join_refusal(refusal).partition(": ")[2])
+            return
+        except JoinRefused as refusal:
+            self._close(str(refusal))
+            return
+        self._expire_later()
+        if self._following is None or self._following.is_empty:
+            return
+        if self._reader.grants != before:
+            await self._following.renew(self._reader, self._tasks)
+        self._caller.send(self._core.system(self._channel, "postgres_changes", "ok", SUBSCRIBED))
+
+    def _expire_later(self) -> None:
+        if self._expiring is not None:
+            self._expiring.cancel()
+        if self._reader.expires_at is None:
+            return
+        seconds = max(0.0, self._reader.expires_at - time.time())
+        self._expiring = asyncio.get_running_loop().call_later(
+            min(seconds, _LONGEST_TIMER_SECONDS), self._expire
+        )
+
+    def _expire(self) -> None:
+        if self._reader.expires_at is not None and self._reader.expires_at > time.time() + 1:
+            self._expire_later()
+        else:
+            self._close("Token has expired 0 seconds ago")
+
+    def _close(self, message: str) -> None:
+        """End by ourselves, and say why; nothing comes after that."""
+        self.leave()
+        self._caller.forget(self._channel)
+        self._caller.send(self._core.system(self._channel, "system", "error", message))
+        self._caller.send(self._core.close(self._channel))
+
+    def _end_connection(self, end: End) -> None:
+        """Let the client connect anew: a channel alone cannot be told to come back."""
+        code = _TRY_AGAIN_LATER if end is End.SLOW else _SERVICE_RESTART
+        self._caller.end(code, end)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._tasks.create_task(self._one_at_a_time(work))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _one_at_a_time(self, work: Coroutine[Any, Any, None]) -> None:
+        async with self._in_turn:
+            await work

@@ -1,0 +1,65 @@
+"""Values in the texts of errors, written as the original server writes them.
+
+Clients and their tests compare these texts, so the notation is Elixir's: ``nil``, ``%{"a" => 1}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+MAX_CHARACTERS: Final = 4096
+MAX_ITEMS: Final = 50
+MAX_DEPTH: Final = 4
+"""Of what is shown of one value: it comes from the client, and goes back to it."""
+
+_ESCAPES: Final = {
+    '"': '\\"',
+    "\\": "\\\\",
+    "\0": "\\0",
+    "\a": "\\a",
+    "\b": "\\b",
+    "\t": "\\t",
+    "\n": "\\n",
+    "\v": "\\v",
+    "\f": "\\f",
+    "\r": "\\r",
+    "\x1b": "\\e",
+    "\x7f": "\\d",
+}
+
+
+def term(value: Any, depth: int = 0) -> str:
+    """Write a value that came as JSON; what is long or deep is cut."""
+    match value:
+        case None:
+            return "nil"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return _text(value)
+        case Mapping():
+            shown = ", ".join(
+                f"{term(name, depth + 1)} => {term(one, depth + 1)}"
+                for name, one in sorted(value.items())[: _bound(depth)]
+            )
+            return f"%{{{shown}}}"
+        case list() | tuple():
+            return f"[{', '.join(term(one, depth + 1) for one in value[: _bound(depth)])}]"
+        case _:
+            return str(value)
+
+
+def _bound(depth: int) -> int:
+    return MAX_ITEMS if depth < MAX_DEPTH else 0
+
+
+def _text(value: str) -> str:
+    shown = "".join(map(_escaped, value[:MAX_CHARACTERS])).replace("#{", "\\#{")
+    return f'"{shown}"' if len(value) <= MAX_CHARACTERS else f'"{shown}"...'
+
+
+def _escaped(character: str) -> str:
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    return character if character.isprintable() else f"\\x{{{ord(character):X}}}"
