@@ -109,7 +109,7 @@ def module_service(folder: Path, server_dsn: str, template: str) -> Iterator[Sup
     with (
         create_database(server_dsn, template) as database,
         Proxy("host=127.0.0.1 port=1", is_postgres=False) as proxy,
+        supabase_service(folder, database, proxy) as service,
     ):
-        with supabase_service(folder, database, proxy) as service:
-            yield service
+        yield service
     drop_database(server_dsn, database.name)

@@ -19,7 +19,7 @@ from walstream.changes import Change, Column, Layout, Operation, Relation, Trans
 from walstream.filters import parse
 from walstream.live import hub as hub_module
 from walstream.live.clients import Client, End
-from walstream.live.encodings import JSON_LINES
+from walstream.live.encodings import JSON_LINES, Encoding
 from walstream.live.history import Recent
 from walstream.live.hub import Hub
 from walstream.live.sink import LiveSink
@@ -30,6 +30,9 @@ from walstream.lsn import Lsn
 from walstream.offline import read_offline
 from walstream.positions import Position
 from walstream.projection import Mask, Projection
+from walstream.realtime.encodings import ChannelEncoding
+from walstream.realtime.frames import split
+from walstream.realtime.messages import Version
 from walstream.router import ALL_OPERATIONS, TablePattern
 from walstream.values import Types
 
@@ -297,12 +300,18 @@ class Scenario:
         self.published += some
         await self.sink.take(some)
 
-    def come(self, reader: Reader, wanted: Sequence[Subscription], back: int) -> None:
+    def come(
+        self,
+        reader: Reader,
+        wanted: Sequence[Subscription],
+        back: int,
+        encoding: Encoding = JSON_LINES,
+    ) -> None:
         """Come with what was published some changes ago."""
         place = len(self.published) - back
         begin = Position.of(self.published[place - 1]) if place > 0 else self.hub.history.begins
         sent = Sent()
-        client = Client(self.hub.cohort(wanted, reader, JSON_LINES), sent, 1 << 30)
+        client = Client(self.hub.cohort(wanted, reader, encoding), sent, 1 << 30)
         beginning = Beginning(begin)
         if begin < self.hub.history.begins:
             beginning = Beginning(self.hub.position, "trimmed")
@@ -458,3 +467,26 @@ async def test_the_first_subscription_that_keeps_a_change_counts() -> None:
     verify(client, sent, scenario.published, after)
     assert [json.loads(line)["row"] for line in sent.lines] == [{"id": 0}]
     client.finish(End.LEFT)
+
+
+async def test_a_channel_is_told_all_its_bindings_that_see_a_change() -> None:
+    """Live and from the history; also of those that ask for the same, which have ids of their own.
+
+    A client that gets less calls back less.
+    """
+    scenario = Scenario(10)
+    await scenario.sink.begin(Lsn(1), "rules")
+    everything, some = wants("public.one")[0], wants("public.one", "size=eq.1")[0]
+    asked = [some, everything, wants("public.two")[0], everything]
+    encoding = ChannelEncoding(Version.V2, "realtime:room", (4, 3, 2, 1))
+    scenario.come(ALL, asked, 0, encoding)
+    await scenario.settle()
+    await scenario.publish(inserts(1))
+    scenario.come(ALL, asked, 1, encoding)
+    await scenario.settle()
+    for client, sent, *_ in scenario.clients:
+        ((_, text),) = split(b"".join(sent.pieces))
+        assert json.loads(text)[4]["ids"] == [4, 3, 1]
+        client.finish(End.LEFT)
+    await asyncio.gather(*(task for *_, task in scenario.clients))
+    assert_is_empty(scenario.hub)

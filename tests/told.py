@@ -192,6 +192,14 @@ class Channel:
         payloads = self.payloads("postgres_changes", label)
         return self._told.change(payloads[-1]) if payloads else None
 
+    def wait_for_joins(self, count: int) -> None:
+        """Wait until it was joined so often."""
+        wait_until(lambda: self.statuses.count("SUBSCRIBED") >= count)
+
+    def wait_for_payloads(self, kind: str, count: int, label: str = "") -> None:
+        """Wait until a callback was called so often."""
+        wait_until(lambda: len(self.payloads(kind, label)) >= count)
+
     def wait_for(self, condition: Callable[[Self], object], seconds: float = 10.0) -> None:
         wait_until(lambda: condition(self), seconds)
 

@@ -43,7 +43,10 @@ RawTo = Callable[[msgspec.Raw], Any]
 BOOL_OID: Final = 16
 BYTEA_OID: Final = 17
 TEXT_OID: Final = 25
+FLOAT4_OID: Final = 700
+FLOAT8_OID: Final = 701
 VARCHAR_OID: Final = 1043
+NUMERIC_OID: Final = 1700
 
 
 class Kind(StrEnum):

@@ -137,6 +137,19 @@ class JournalVitals(msgspec.Struct, frozen=True):
     failure: str = ""
 
 
+class RowSecurityVitals(msgspec.Struct, frozen=True):
+    """What was asked of the server's row security.
+
+    ``asked`` counts rows, once for each reader that they are asked for, ``hidden`` those of them
+    that were not shown, ``failed`` questions without an answer.
+    """
+
+    questions: int = 0
+    asked: int = 0
+    hidden: int = 0
+    failed: int = 0
+
+
 class LiveVitals(msgspec.Struct, frozen=True):
     """The clients by HTTP.
 
@@ -149,6 +162,7 @@ class LiveVitals(msgspec.Struct, frozen=True):
     published_changes: int = 0
     sent_changes: int = 0
     ended: Mapping[str, int] = {}
+    row_security: RowSecurityVitals | None = None
 
 
 class RealtimeVitals(msgspec.Struct, frozen=True):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
+from typing import Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from walstream.patterns import PatternError, like, regular_expression
+from walstream.dialects import MAX_TEXT_BYTES
+from walstream.patterns import PatternError, like, linear_expression, regular_expression
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,16 @@ def test_a_regular_expression_is_translated(
 ) -> None:
     matches = regular_expression(pattern)
     assert [text for text in [*matching, *others] if matches(text)] == matching
+    if any(letter in pattern for letter in LOOKING):
+        with pytest.raises(PatternError, match="here"):
+            linear_expression(pattern)
+        return
+    matches = linear_expression(pattern)
+    assert [text for text in [*matching, *others] if matches(text)] == matching
+
+
+LOOKING: Final = ("(?=", "(?!", "(?<", r"\m", r"\M", r"\y", r"\Y", "[[:<:]]", "[[:>:]]")
+"""What RE2 cannot do."""
 
 
 @pytest.mark.parametrize(
@@ -170,8 +183,9 @@ def test_a_regular_expression_is_translated(
 def test_case_is_folded_as_postgres_folds_it(
     pattern: str, matching: list[str], others: list[str]
 ) -> None:
-    matches = regular_expression(pattern, fold_case=True)
-    assert [text for text in [*matching, *others] if matches(text)] == matching
+    for engine in (regular_expression, linear_expression):
+        matches = engine(pattern, fold_case=True)
+        assert [text for text in [*matching, *others] if matches(text)] == matching
 
 
 @pytest.mark.parametrize(
@@ -214,6 +228,41 @@ def test_what_cannot_be_translated_is_refused(pattern: str, reason: str) -> None
         regular_expression(pattern)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        (r"(a)\1", r"\\1"),
+        ("(?=a)", "ahead or behind here"),
+        (r"\ycat\y", "edges of words"),
+        ("((a{100}){100}){100}", "cannot be translated: bad repetition"),
+        ("(" * 1500 + ")" * 1500, "cannot be translated"),
+        (r"\w{200}", "cannot be translated: pattern too large|cost too much"),
+        (r"\w{10}", "cost too much"),
+        (r"\uD800", "half of a character"),
+    ],
+)
+def test_what_clients_may_not_have_is_refused(pattern: str, reason: str) -> None:
+    with pytest.raises(PatternError, match=reason):
+        linear_expression(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a*)*$", "(a|a)*$", "(.*a){12}b", "^(([a-z])+.)+[A-Z]([a-z])+$"]
+)
+def test_the_patterns_of_clients_take_no_long_time(pattern: str) -> None:
+    matches = linear_expression(pattern)
+    began = time.perf_counter()
+    matches("a" * (MAX_TEXT_BYTES - 1) + "!")
+    assert time.perf_counter() - began < 2
+
+
+def test_the_patterns_of_clients_are_not_tried_on_long_texts() -> None:
+    matches = linear_expression("a")
+    assert matches("a" * MAX_TEXT_BYTES)
+    with pytest.raises(ValueError, match="too long"):
+        matches("é" * (MAX_TEXT_BYTES // 2 + 1))
+
+
 def test_a_long_range_is_not_folded() -> None:
     with pytest.raises(PatternError, match="too long"):
         regular_expression("[\x01-\U0010ffff]", fold_case=True)
@@ -225,12 +274,16 @@ def test_a_long_range_is_not_folded() -> None:
 def test_any_pattern_is_translated_or_refused(pattern: str, fold_case: bool, text: str) -> None:  # noqa: FBT001
     try:
         matches = regular_expression(pattern, fold_case=fold_case)
+        linear = linear_expression(pattern, fold_case=fold_case)
     except PatternError:
         return
-    assert matches(text[:10]) in (True, False)
+    if r"\w" in pattern.lower() and not text.isascii():  # beyond ASCII Python's \w is its own
+        return
+    assert matches(text[:10]) is linear(text[:10])
 
 
 @given(st.text())
 def test_an_escaped_text_matches_itself(text: str) -> None:
     escaped = re.sub(r"(?=[^\w])", r"\\", text)
     assert regular_expression(rf"\A(?:{escaped})\Z")(text)
+    assert linear_expression(rf"\A(?:{escaped})\Z")(text)

@@ -46,9 +46,12 @@ def test_a_frame_is_final_and_unmasked_and_has_the_shortest_length(
     assert binary_frame(payload) == b"\x82" + header[1:] + payload
 
 
-@given(st.lists(st.tuples(st.booleans(), st.binary(max_size=300)), max_size=5), st.booleans())
+@given(
+    messages=st.lists(st.tuples(st.booleans(), st.binary(max_size=300)), max_size=5),
+    has_long=st.booleans(),
+)
 def test_frames_in_one_piece_are_taken_apart_again(
-    messages: list[tuple[bool, bytes]], has_long: bool
+    messages: list[tuple[bool, bytes]], *, has_long: bool
 ) -> None:
     messages = [*messages, (True, b"a" * 70_000)] if has_long else messages
     frames = [(text_frame if is_text else binary_frame)(payload) for is_text, payload in messages]
@@ -251,12 +254,11 @@ def test_a_binary_frame_that_is_no_broadcast_is_malformed(data: bytes) -> None:
         decode_binary(data)
 
 
-@given(REFS, REFS, TEXTS, TEXTS, st.booleans(), VALUES)
+@given(names=st.lists(TEXTS, min_size=4, max_size=4), is_json=st.booleans(), value=VALUES)
 def test_every_field_of_a_binary_broadcast_is_where_its_length_says(
-    join_ref: str | None, ref: str | None, topic: str, event: str, is_json: bool, value: Any
+    names: list[str], *, is_json: bool, value: Any
 ) -> None:
-    names = [(one or "").encode()[:255].decode(errors="ignore") for one in (join_ref, ref)]
-    names += [one.encode()[:255].decode(errors="ignore") for one in (topic, event)]
+    names = [one.encode()[:255].decode(errors="ignore") for one in names]
     payload = json.dumps(value).encode("utf-8", "replace")
     if is_json and b"\\ud" in payload:
         return  # a text of Hypothesis with half a character
@@ -304,12 +306,12 @@ def test_a_broadcast_as_text_has_its_type() -> None:
 @pytest.mark.parametrize(
     ("payload", "event", "content"),
     [
-        ('{"type":"broadcast","event":"x","payload":{"n":1.10,"n":1.10}}', "x", b'{"n":1.10,"n":1.10}'),
+        ('{"event":"x","payload":{"n":1.10, "n":1}}', "x", b'{"n":1.10, "n":1}'),
         ('{"event":"x","payload":null,"ids":[1]}', "x", b"null"),
         ('{"event":"x"}', "x", b"{}"),
         ('{"event":"x","payload":9007199254740993}', "x", b"9007199254740993"),
     ],
-)  # fmt: skip
+)
 def test_the_payload_of_a_broadcast_is_passed_on_as_it_was_written(
     payload: str, event: str, content: bytes
 ) -> None:
@@ -378,7 +380,7 @@ def test_what_cannot_be_read_of_a_join_has_its_default(payload: object) -> None:
     ("value", "truth"),
     [(True, True), ("true", True), ("True", True), ("TRUE", True), (1, False), ("yes", False)],
 )
-def test_a_boolean_may_come_as_text(value: object, truth: bool) -> None:
+def test_a_boolean_may_come_as_text(value: object, *, truth: bool) -> None:
     config = {
         "private": value,
         "broadcast": {"self": value, "ack": value, "replication_ready": value},
@@ -404,7 +406,7 @@ def test_a_boolean_may_come_as_text(value: object, truth: bool) -> None:
     ],
 )
 def test_presence_is_on_unless_it_is_said_to_be_off(
-    presence: object, enabled: bool, key: str
+    presence: object, *, enabled: bool, key: str
 ) -> None:
     join = read_join({"config": {"presence": presence}})
     assert (join.presence_enabled, join.presence_key) == (enabled, key)

@@ -21,7 +21,7 @@ export function makeTold(createClient, emit, transport) {
       return clients.get(client).realtime.setAuth(token)
     },
     channel({ client, name, topic, config }) {
-      channels.set(name, clients.get(client).channel(topic, config && { config }))
+      channels.set(name, clients.get(client).channel(topic, config ? { config } : undefined))
     },
     // With `follow`, what is documented for applications that want to miss nothing: three lines.
     on({ channel, type, filter, label, follow }) {

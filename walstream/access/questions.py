@@ -137,7 +137,20 @@ def _is_same(value: Printed, shown: Printed, typeoid: int) -> bool:
 # ---- As SQL
 
 
-def question(lookup: Lookup, columns: Sequence[str], asked: Sequence[Asked]) -> tuple[Any, Any]:
+class Question(msgspec.Struct, frozen=True, eq=False):
+    """Some rows of a table, asked about at once: ``columns`` are what is compared of any of them.
+
+    ``xids`` are the transactions that they are of.
+    """
+
+    persona: Persona
+    lookup: Lookup
+    columns: Sequence[str]
+    asked: Sequence[Asked]
+    xids: frozenset[int]
+
+
+def query_of(question: Question) -> tuple[sql.Composed, list[list[str]]]:
     """Return the query for some rows, and its parameters.
 
     It returns the place of each row that is shown, from 1 on, and the columns. Each row is looked
@@ -145,7 +158,8 @@ def question(lookup: Lookup, columns: Sequence[str], asked: Sequence[Asked]) -> 
     given their types before that, because what may fail would have to wait for the policies
     (https://www.postgresql.org/docs/current/rules-privileges.html).
     """
-    arrays = [[one.key[place] for one in asked] for place in range(len(lookup.key))]
+    lookup = question.lookup
+    arrays = [[one.key[place] for one in question.asked] for place in range(len(lookup.key))]
     names = [sql.Identifier(f"k{place}") for place in range(len(lookup.key))]
     text = _QUESTION.format(
         given=sql.SQL(", ").join(names),
@@ -154,7 +168,7 @@ def question(lookup: Lookup, columns: Sequence[str], asked: Sequence[Asked]) -> 
             for name, one in zip(names, lookup.key, strict=True)
         ),
         arrays=sql.SQL(", ").join(sql.SQL("%s::text[]") for _ in names),
-        columns=sql.SQL(", ").join(sql.SQL("t.{}").format(_name(one)) for one in columns),
+        columns=sql.SQL(", ").join(sql.SQL("t.{}").format(_name(one)) for one in question.columns),
         table=_name(lookup.relation.schema, lookup.relation.name),
         found=sql.SQL(" AND ").join(
             sql.SQL("t.{} OPERATOR({}.{}) asked.{}").format(
@@ -190,7 +204,7 @@ _QUESTION: Final = sql.SQL(
     """
 )
 
-LOOKUP: Final = """
+LOOKUP: Final = b"""
     SELECT a.attname, format_type(a.atttypid, NULL), operators.nspname, o.oprname
       FROM pg_class c
       JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -207,8 +221,8 @@ LOOKUP: Final = """
 """
 """Of a B-tree, which a primary key always is, the third strategy is equality."""
 
-BEGIN: Final = "BEGIN READ ONLY"
-END: Final = "ROLLBACK"
+BEGIN: Final = b"BEGIN READ ONLY"
+END: Final = b"ROLLBACK"
 """It ends what functions of policies may have set, too."""
 
 _RUNNING: Final = """
@@ -239,17 +253,16 @@ _SETTINGS: Final = {
 _PREPARED: Final = "SELECT ({running}), {settings}"
 
 
-def preparation(persona: Persona, xids: Sequence[int], timeout_seconds: float) -> tuple[str, Any]:
-    """Return what begins a question, in its transaction: the query tells if it is too early."""
+def preparation_of(question: Question, timeout_seconds: float) -> tuple[bytes, dict[str, Any]]:
+    """Return what comes before a question in its transaction; it tells if that is too early."""
+    persona = question.persona
     settings = {
         **_SETTINGS,
         "statement_timeout": str(max(1, int(timeout_seconds * 1000))),
         "request.jwt.claims": persona.claims,
         "role": persona.postgres_role,
     }
-    calls = [
-        f"set_config('{name}', %(s{place})s, true)" for place, name in enumerate(settings)
-    ]
+    calls = [f"set_config('{name}', %(s{place})s, true)" for place, name in enumerate(settings)]
     values = {f"s{place}": value for place, value in enumerate(settings.values())}
     text = _PREPARED.format(running=_RUNNING, settings=", ".join(calls))
-    return text, {"xids": list(xids), **values}
+    return text.encode(), {"xids": list(question.xids), **values}

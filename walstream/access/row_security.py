@@ -4,8 +4,7 @@ What is not known to be shown is not: an error, an answer that does not come in 
 says something else by now. That is so for those rows and those readers alone, and it is logged and
 counted. Nobody waits for it but they: a question that is slow leaves a connection to the others.
 
-Whoever asks for the same rows as the same, while they wait for a connection, is answered by one
-query.
+Whoever asks for the same rows as the same is answered by one query.
 """
 
 from __future__ import annotations
@@ -13,41 +12,34 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Hashable, Sequence
+from itertools import islice
 from typing import Any, Final
 
 import msgspec
 import psycopg
-import structlog
-from psycopg import sql
 
-from walstream.access.connections import Connection, Connections
+from walstream.access.connections import Connections
+from walstream.access.failures import Failures
 from walstream.access.questions import (
-    BEGIN,
-    END,
-    LOOKUP,
     Asked,
     Lookup,
-    KeyColumn,
-    Printed,
+    Question,
     asked_of,
     asked_relation,
     is_shown,
-    preparation,
-    question,
 )
 from walstream.access.readers import Persona, Sight
 from walstream.changes import Change, Layout, Relation
-from walstream.errors import ConnectionLost, Unavailable, WalstreamError
-from walstream.postgres import impatient, server_error
+from walstream.errors import Unavailable, WalstreamError
 from walstream.vitals import RowSecurityVitals
-
-log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.access")
 
 MAX_ROWS: Final = 500
 """So many are asked about at once."""
 
 SLOW_SECONDS: Final = 0.1
 """Who was answered so late is asked by a connection that others do not need."""
+
+MAX_SLOW: Final = 1000
 
 PARTS: Final = 4
 """So many times the time of a question may be taken to find the row that it stumbles over."""
@@ -65,11 +57,7 @@ RETRY_SECONDS: Final = 10.0
 
 RETRY_PAUSE_SECONDS: Final = 0.2
 
-LOG_SECONDS: Final = 60.0
-"""A failure of one kind is logged so often at most."""
-
 MAX_LOOKUPS: Final = 512
-MAX_LOGGED: Final = 1000
 
 
 class RowSecurity:
@@ -77,7 +65,7 @@ class RowSecurity:
 
     def __init__(
         self,
-        dsn: str,
+        dsn: str | Callable[[], str],
         *,
         application_name: str,
         max_connections: int = 2,
@@ -91,10 +79,8 @@ class RowSecurity:
         self._desks: dict[Hashable, _Desk] = {}
         self._slow: dict[Hashable, None] = {}
         self._lookups: dict[tuple[Layout, Relation], Lookup] = {}
-        self._logged: dict[Hashable, float] = {}
-        self._vitals = RowSecurityVitals()
-        self.masked: Callable[[Layout], frozenset[str]] = _nothing
-        """Which columns of a table come here in another form than they have there."""
+        self._failures = Failures()
+        self._asked = self._hidden = self._questions = 0
 
     async def prepare(self) -> None:
         """See that the server can be asked.
@@ -105,74 +91,86 @@ class RowSecurity:
         async with self._connections.borrowed(is_slow=False):
             pass
 
-    async def visible(self, sight: Sight, changes: Sequence[Change]) -> list[bool]:
-        """Say of each of some inserts and updates whether it is shown."""
-        if sight.persona is None:
-            return [True] * len(changes)
-        answers = [self._desk(sight, change.layout).take(change) for change in changes]
+    async def visible(
+        self, sight: Sight, changes: Sequence[Change], masked: frozenset[str]
+    ) -> list[bool]:
+        """Say of each of some changes whether its new row is shown.
+
+        Args:
+            sight: with a persona.
+            changes: inserts and updates of one layout, at least one.
+            masked: columns that they carry in another form than the table.
+        """
+        desk = self._desk(sight, changes[0].layout, masked)
+        answers = [desk.take(change) for change in changes]
         await asyncio.wait(answers)  # which are others' answers, too: they are not cancelled
         return [answer.result() for answer in answers]
 
     def vitals(self) -> RowSecurityVitals:
         """Say what was asked, and what came of it."""
-        return self._vitals
+        return RowSecurityVitals(
+            questions=self._questions,
+            asked=self._asked,
+            hidden=self._hidden,
+            failed=self._failures.count,
+        )
 
     async def close(self) -> None:
         """Stop asking; what is not answered is not shown."""
-        desks = list(self._desks.values())
-        self._desks.clear()
-        for desk in desks:
-            desk.close()
-        await asyncio.gather(*(desk.task for desk in desks), return_exceptions=True)
+        tasks = [desk.task for desk in self._desks.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         await self._connections.close()
 
-    def _desk(self, sight: Sight, layout: Layout) -> _Desk:
-        key = (sight, layout)
+    def _desk(self, sight: Sight, layout: Layout, masked: frozenset[str]) -> _Desk:
+        key = (sight, layout, masked)
         desk = self._desks.get(key)
         if desk is None:
-            desk = self._desks[key] = _Desk(self._answer, sight, layout)
-            desk.task.add_done_callback(lambda _: self._desks.pop(key, None))
+
+            async def answer(changes: Sequence[Change]) -> list[bool]:
+                return await self._answer(sight, changes, masked)
+
+            desk = self._desks[key] = _Desk(answer, lambda: self._desks.pop(key))
         return desk
 
-    async def _answer(self, sight: Sight, layout: Layout, changes: Sequence[Change]) -> list[bool]:
+    async def _answer(
+        self, sight: Sight, changes: Sequence[Change], masked: frozenset[str]
+    ) -> list[bool]:
         """Answer a desk."""
-        persona = sight.persona
+        layout, persona = changes[0].layout, sight.persona
         assert persona is not None  # noqa: S101 - nobody else has a desk
+        relation = asked_relation(sight, layout)
         try:
-            lookup = await self._lookup(sight, layout)
-        except psycopg.Error as error:
-            self._note(persona, asked_relation(sight, layout), error)
+            lookup = await self._lookup(layout, relation)
+        except (psycopg.Error, WalstreamError) as error:
+            self._failures.note(persona, relation, error)
             return [False] * len(changes)
-        except WalstreamError as error:
-            self._note_unasked(persona, asked_relation(sight, layout), error)
-            return [False] * len(changes)
-        masked = self.masked(layout)
         asked = [asked_of(change, lookup, sight, masked) for change in changes]
         if None in asked:
-            self._note_unaskable(persona, lookup)
-        batch = _Batch(persona, lookup, layout, {change.xid for change in changes})
+            self._failures.note_unaskable(persona, relation)
         sure = [one for one in asked if one is not None]
-        shown = await self._ask(batch, sure, time.monotonic() + PARTS * self._timeout_seconds)
-        found = {id(one) for one, is_there in zip(sure, shown, strict=True) if is_there}
-        verdicts = [one is not None and id(one) in found for one in asked]
-        self._count(asked=len(verdicts), hidden=verdicts.count(False))
+        xids = frozenset(change.xid for change in changes)
+        batch = _Batch(persona, lookup, layout, xids, time.monotonic())
+        shown = iter(await self._ask(batch, sure) if sure else [])
+        verdicts = [one is not None and next(shown) for one in asked]
+        self._asked += len(verdicts)
+        self._hidden += verdicts.count(False)
         return verdicts
 
-    async def _ask(self, batch: _Batch, asked: Sequence[Asked], until: float) -> list[bool]:
-        """Ask about some rows; if that fails for a row's sake, about fewer at a time."""
-        if not asked:
-            return []
+    async def _ask(self, batch: _Batch, asked: Sequence[Asked]) -> list[bool]:
+        """Ask about some rows; if that fails for one of them, about fewer at a time."""
         try:
             return await self._query(batch, asked)
-        except psycopg.Error as error:
+        except (psycopg.Error, WalstreamError) as error:
             half = len(asked) // 2
-            if half and _is_of_a_row(error) and time.monotonic() < until:
-                first = await self._ask(batch, asked[:half], until)
-                return first + await self._ask(batch, asked[half:], until)
-            self._note(batch.persona, batch.lookup.relation, error)
-        except WalstreamError as error:
-            self._note_unasked(batch.persona, batch.lookup.relation, error)
-        return [False] * len(asked)
+            has_time = time.monotonic() < batch.began + PARTS * self._timeout_seconds
+            if half and has_time and _is_of_a_row(error):
+                first = await self._ask(batch, asked[:half])
+                return first + await self._ask(batch, asked[half:])
+            self._failures.note(batch.persona, batch.lookup.relation, error)
+            return [False] * len(asked)
 
     async def _query(self, batch: _Batch, asked: Sequence[Asked]) -> list[bool]:
         """Ask once, but again when the connection was lost, or when it is too early.
@@ -182,60 +180,103 @@ class RowSecurity:
             WalstreamError: it cannot be reached.
         """
         columns = sorted({name for one in asked for name in one.columns})
-        query = question(batch.lookup, columns, asked)
+        question = Question(batch.persona, batch.lookup, columns, asked, batch.xids)
         began = time.monotonic()
-        while True:
-            answer = await self._rows(batch, query, began)
-            if answer is not None:
-                break
-            if time.monotonic() - began > EARLY_SECONDS:
-                raise Unavailable("a transaction cannot be seen yet that has been committed")
-            await asyncio.sleep(EARLY_PAUSE_SECONDS)
-        shown = [False] * len(asked)
-        for place, *values in answer:
-            one = asked[int(place) - 1]
-            row = dict(zip(columns, values, strict=True))
-            shown[int(place) - 1] = is_shown(one, row, batch.layout)
-        return shown
-
-    async def _rows(
-        self, batch: _Batch, query: tuple[sql.Composed, Any], began: float
-    ) -> list[list[Any]] | None:
-        """Return what the server returns as it prints it; None when it is too early."""
         while True:
             try:
-                async with self._connections.borrowed(is_slow=batch.speed in self._slow) as one:
-                    return await self._timed(one, batch, query)
-            except (psycopg.OperationalError, ConnectionLost) as error:
-                is_lost = isinstance(error, WalstreamError) or error.sqlstate in _LOST
-                if not is_lost or time.monotonic() - began > RETRY_SECONDS:
+                rows = await self._rows(batch, question)
+            except Unavailable:
+                if time.monotonic() - began > RETRY_SECONDS:
                     raise
-            await asyncio.sleep(RETRY_PAUSE_SECONDS)
+                await asyncio.sleep(RETRY_PAUSE_SECONDS)
+                continue
+            if rows is not None:
+                break
+            if time.monotonic() - began > EARLY_SECONDS:
+                raise Unavailable("what has been committed cannot be seen yet")
+            await asyncio.sleep(EARLY_PAUSE_SECONDS)
+        return [
+            place in rows
+            and is_shown(one, dict(zip(columns, rows[place], strict=True)), batch.layout)
+            for place, one in enumerate(asked, start=1)
+        ]
 
-    async def _timed(
-        self, connection: Connection, batch: _Batch, query: tuple[sql.Composed, Any]
-    ) -> list[list[Any]] | None:
-        began = time.monotonic()
-        try:
-            with impatient(connection, self._timeout_seconds + 1):
-                return await _run(connection, batch, query, self._timeout_seconds)
-        finally:
-            if time.monotonic() - began > min(SLOW_SECONDS, self._timeout_seconds):
-                self._slow[batch.speed] = None
-                while len(self._slow) > MAX_LOGGED:
-                    del self._slow[next(iter(self._slow))]
-            else:
-                self._slow.pop(batch.speed, None)
+    async def _rows(self, batch: _Batch, question: Question) -> dict[int, Sequence[Any]] | None:
+        """Return what is shown, by place, and note who is slow; None when it is too early."""
+        who = (batch.persona, batch.lookup.relation)
+        async with self._connections.borrowed(is_slow=who in self._slow) as connection:
+            began = time.monotonic()
+            self._questions += 1
+            try:
+                return await connection.ask(question, self._timeout_seconds)
+            finally:
+                if time.monotonic() - began < min(SLOW_SECONDS, self._timeout_seconds):
+                    self._slow.pop(who, None)
+                else:
+                    self._slow[who] = None
+                    if len(self._slow) > MAX_SLOW:
+                        del self._slow[next(iter(self._slow))]
 
-    async def _lookup(self, sight: Sight, layout: Layout) -> Lookup:
+    async def _lookup(self, layout: Layout, relation: Relation) -> Lookup:
         """Ask how rows of a table are found, once for each shape of it."""
-        relation = asked_relation(sight, layout)
         known = self._lookups.get((layout, relation))
         if known is None:
             async with self._connections.borrowed(is_slow=False) as connection:
-                with impatient(connection, self._timeout_seconds + 1):
-                    known = await _looked_up(connection, relation)
+                known = await connection.lookup(relation)
             if len(self._lookups) >= MAX_LOOKUPS:
                 self._lookups.clear()
             self._lookups[layout, relation] = known
         return known
+
+
+class _Batch(msgspec.Struct, frozen=True, eq=False):
+    """What is asked together: as whom, about which table, since when."""
+
+    persona: Persona
+    lookup: Lookup
+    layout: Layout
+    xids: frozenset[int]
+    began: float
+
+
+class _Desk:
+    """Collects what is asked of one table as one reader, and has it answered in turn."""
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Change]], Any],
+        at_end: Callable[[], object],
+    ) -> None:
+        self._answer = answer
+        self._at_end = at_end
+        self._waiting: dict[Change, asyncio.Future[bool]] = {}
+        self.task = asyncio.create_task(self._run(), name="row security")
+
+    def take(self, change: Change) -> asyncio.Future[bool]:
+        """Take a question; one that is asked already is not asked again."""
+        answer = self._waiting.get(change)
+        if answer is None:
+            answer = self._waiting[change] = asyncio.get_running_loop().create_future()
+        return answer
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                some = list(islice(self._waiting, MAX_ROWS))
+                for change, verdict in zip(some, await self._answer(some), strict=True):
+                    self._waiting.pop(change).set_result(verdict)
+        finally:
+            self._at_end()
+            for answer in self._waiting.values():  # nothing is shown that is not known to be
+                answer.set_result(False)
+
+
+_OF_A_ROW: Final = frozenset({"21", "22", "23", "38", "39", "54", "P0", "XX"})
+"""Classes of errors that a policy raises for one row and not for another."""
+
+_TIMEOUT: Final = "57014"
+
+
+def _is_of_a_row(error: Exception) -> bool:
+    state = (error.sqlstate or "") if isinstance(error, psycopg.Error) else ""
+    return state[:2] in _OF_A_ROW or state == _TIMEOUT

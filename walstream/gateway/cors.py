@@ -17,7 +17,10 @@ from starlette.responses import JSONResponse, Response
 ANY: Final = "*"
 
 METHODS: Final = "GET, HEAD, POST"
-REQUEST_HEADERS: Final = "Authorization, Cache-Control, Content-Type, Last-Event-ID"
+REQUEST_HEADERS: Final = (
+    "Authorization, Cache-Control, Content-Type, Last-Event-ID"
+    ", apikey, X-Api-Key, X-Client-Info"  # of the clients of Supabase
+)
 ANSWER_HEADERS: Final = "Retry-After, WWW-Authenticate"
 PREFLIGHT_SECONDS: Final = 600
 

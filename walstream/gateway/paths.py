@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.routing import BaseRoute
 
+from walstream.gateway.broadcasts import broadcast_routes
 from walstream.gateway.changes import changes_routes
 from walstream.gateway.dashboard import dashboard_route
 from walstream.gateway.letters import letters_routes
@@ -20,4 +21,5 @@ def make_paths(parts: Parts) -> list[BaseRoute]:
         status_route(parts.vitals, parts.hub, parts.gate),
         *letters_routes(parts.desk, parts.gate),
         *realtime_routes(parts.realtime),
+        *broadcast_routes(parts.realtime),
     ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Final, TypeAlias
 
 import structlog
@@ -157,8 +157,7 @@ class Hub:
         index = self._indexes.get(layout)
         if index is None:
             return
-        for view in views:
-            key = _group_key(view, cohort)
+        for key, _ in _keyed(views, cohort):
             group = index.group(key)
             if group is not None:
                 group.members.pop(cohort, None)
@@ -265,8 +264,7 @@ class Hub:
         longest = 0
         for cohort, sightings in self._seen_by(change, strict=strict).items():
             frame = cohort.encoding.address(sightings)
-            if len(frame) > longest:
-                longest = len(frame)
+            longest = max(longest, len(frame))
             pieces = frames.get(cohort)
             if pieces is None:
                 frames[cohort] = [frame]
@@ -403,18 +401,26 @@ class Hub:
 
 def _enter(cohort: Cohort, index: _Index, views: list[View]) -> None:
     """Enter a cohort into the groups of a layout."""
-    for view in views:
-        key = _group_key(view, cohort)
+    for key, view in _keyed(views, cohort):
         group = index.group(key)
         if group is None:
             group = Group(view, cohort.encoding.form)
             index.add(key, group)
-        group.members.setdefault(cohort, view.rank)
+        group.members[cohort] = view.rank
     cohort.entered[index.layout] = views
 
 
-def _group_key(view: View, cohort: Cohort) -> Hashable:
-    return view.subscription, view.sight, cohort.encoding.form
+def _keyed(views: Iterable[View], cohort: Cohort) -> Iterator[tuple[Hashable, View]]:
+    """Pair views with the keys of their groups.
+
+    What a client asks for twice is in two groups: a client may tell its subscriptions apart.
+    """
+    form = cohort.encoding.form
+    times: Counter[Hashable] = Counter()
+    for view in views:
+        alike = (view.subscription, view.sight)
+        times[alike] += 1
+        yield (*alike, form, times[alike]), view
 
 
 def look_at(view: View, change: Change, *, strict: bool) -> Look | None:

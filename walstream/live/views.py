@@ -12,6 +12,11 @@ what the change itself carries, and what it does not carry is not visible:
 - UPDATE whose new row is visible and does not pass the filter, and whose old row did: sent, marked
   as ``leaving``, when the subscription asks for that.
 - DELETE: the old row must pass both. TRUNCATE has no row.
+
+Where the server's row security decides, too, it is asked about new rows after that
+(`walstream.live.sieves`). It knows no old ones, and so nothing of one is told, nor tested by a
+client's filter, which would tell it as well: no past, nothing that leaves, no truncate, and of a
+DELETE the key, to those who may know that, by a filter on the key.
 """
 
 from __future__ import annotations
@@ -49,6 +54,8 @@ class Look(IntEnum):
     WITHOUT_PAST = 1
     LEAVING = 2
     LEAVING_BY_KEY = 3
+    BY_KEY = 4
+    """A DELETE of a row that the reader may not have seen."""
 
 
 class View:
@@ -56,6 +63,7 @@ class View:
 
     __slots__ = (
         "_condition",
+        "_is_secured",
         "_layout",
         "_narrow",
         "_sight_condition",
@@ -95,11 +103,12 @@ class View:
         self._layout = layout
         self._condition = _compiled(subscription.where, layout, normalised, is_linear=True)
         self._sight_condition = _compiled(sight.where, layout, normalised)
-        self._wants = frozenset(filter(subscription.wants, Operation))
+        self._is_secured = sight.persona is not None
+        self._wants = _wanted(subscription, sight)
         columns = _columns_of(subscription, layout)
         self._narrow = None if columns is None else Projection(include=columns)
         self._tells_departure = subscription.tells_departure or subscription.leaving
-        self.may_leave = _UPDATE in self._wants and (
+        self.may_leave = not self._is_secured and _UPDATE in self._wants and (
             (self._tells_departure and sight.where is not None)
             or (subscription.leaving and subscription.where is not None)
         )
@@ -125,6 +134,8 @@ class View:
         if operation is _TRUNCATE:
             return Look.WHOLE
         try:
+            if self._is_secured:
+                return self._look_at_secured(change)
             if operation is _UPDATE:
                 return self._look_at_update(change)
             row = change.identity if operation is _DELETE else change.row
@@ -136,6 +147,8 @@ class View:
         """Return the change as it is seen."""
         if look is Look.WITHOUT_PAST:
             change = _replaced(change, sent_identity=None)
+        elif look is Look.BY_KEY:
+            change = _replaced(change, sent_identity=_key_columns(change))
         elif look is Look.LEAVING:
             change = _replaced(change, leaving=True)
         elif look is Look.LEAVING_BY_KEY:
@@ -149,7 +162,7 @@ class View:
         projection = self.sight.projection
         if projection is not None:
             change = projection.project(change)
-        if self._narrow is None or look is Look.LEAVING_BY_KEY:  # without its key it says nothing
+        if self._narrow is None or look in _BY_KEY:  # without its key it says nothing
             return change
         return self._narrow.project(change)
 
@@ -166,11 +179,32 @@ class View:
         old = change.identity
         return Look.LEAVING_BY_KEY if self._sees(old) and self._passes(old) else None
 
+    def _look_at_secured(self, change: Change) -> Look | None:
+        """Look at what row security is to be asked about, and at a DELETE, which it is not."""
+        if change.operation is _DELETE:
+            key = Row(change.layout, list(_key_columns(change)))
+            is_told = len(key) > 0 and self._sees(change.identity) and self._passes(key)
+            return Look.BY_KEY if is_told else None
+        row = updated_row(change) if change.operation is _UPDATE else change.row
+        if not (self._sees(row) and self._passes(row)):
+            return None
+        return Look.WITHOUT_PAST if change.operation is _UPDATE else Look.WHOLE
+
     def _sees(self, row: Row) -> bool:
         return self._sight_condition is None or self._sight_condition(row) is True
 
     def _passes(self, row: Row) -> bool:
         return self._condition is None or self._condition(row) is True
+
+
+_BY_KEY: Final = frozenset({Look.LEAVING_BY_KEY, Look.BY_KEY})
+
+
+def _wanted(subscription: Subscription, sight: Sight) -> frozenset[Operation]:
+    wanted = frozenset(filter(subscription.wants, Operation))
+    if sight.persona is None:
+        return wanted
+    return wanted - ({_TRUNCATE} if sight.tells_deletes else {_TRUNCATE, _DELETE})
 
 
 def literals_of(subscription: Subscription, sight: Sight, layout: Layout) -> list[Literal]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Final
+
 import msgspec
+
+MOST_KNOWN: Final = 10_000
+"""So many senders are known at once; the one who came first is forgotten before there are more."""
 
 
 class Rate(msgspec.Struct):
@@ -32,6 +38,20 @@ class Rate(msgspec.Struct):
         self._debt += times
         return True
 
-    def is_rested(self, now: float) -> bool:
-        """Whether it is as if nothing had ever been done."""
-        return self._debt <= (now - self._at) * self.count / self.seconds
+
+class Rates:
+    """A rate for each of those who come by no connection of their own."""
+
+    def __init__(self, count: int, seconds: float) -> None:
+        self._count = count
+        self._seconds = seconds
+        self._known: dict[Hashable, Rate] = {}
+
+    def take(self, who: Hashable, now: float, times: int = 1) -> bool:
+        """Count it for somebody, if they may do it now."""
+        rate = self._known.get(who)
+        if rate is None:
+            if len(self._known) >= MOST_KNOWN:
+                del self._known[next(iter(self._known))]
+            rate = self._known[who] = Rate(self._count, self._seconds)
+        return rate.take(now, times)

@@ -1,9 +1,9 @@
 """A change as the clients of Supabase Realtime read it: the ``data`` of ``postgres_changes``.
 
-Values are what ``to_jsonb`` gives in a session whose TimeZone is UTC, but for a column of type
-bytea: that is its hexadecimal digits alone. ``columns`` lists what the reader may see of the table,
-in its order, also what the change does not carry. An unchanged TOASTed value that Postgres did not
-send is missing in ``record``.
+Values are what ``to_jsonb`` gives in a session whose TimeZone is UTC, with two exceptions: a bytea
+is its hexadecimal digits alone, and NaN and the infinities are null. ``columns`` lists what the
+reader may see of the table, in its order, also what the change does not carry. An unchanged TOASTed
+value that Postgres did not send is missing in ``record``.
 
 Three things are told in ``errors``: a table without a primary key (400) and a primary key that the
 reader may not see (401) leave nothing of an insert and an update, and of a change of more than
@@ -17,7 +17,7 @@ in the record, because the JavaScript client hands nothing else over to its appl
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -27,7 +27,7 @@ import msgspec
 from walstream.changes import Change, Column, Layout, Operation
 from walstream.live.views import Look, View
 from walstream.projection import MaskKind, Projection
-from walstream.values import BYTEA_OID, TEXT_OID
+from walstream.values import BYTEA_OID, FLOAT4_OID, FLOAT8_OID, NUMERIC_OID, TEXT_OID, Types
 
 MAX_CHANGE_BYTES: Final = 1 << 20
 MAX_SHORT_BYTES: Final = 64
@@ -147,14 +147,15 @@ def _members(shown: Change, columns: Sequence[Column] | None) -> bytes:
     """Write columns as the members of an object."""
     if not columns:
         return b""
-    to_json = shown.layout.types.to_json
+    types = shown.layout.types
+    to_json = types.to_json
     return b",".join(
         [
             _key(column.name)
             + (
                 to_json(column.typeoid, column.value)
-                if column.typeoid != BYTEA_OID
-                else _hexadecimal(bytes(column.value))
+                if column.typeoid not in _OTHERWISE
+                else _OTHERWISE[column.typeoid](types, column)
             )
             for column in columns
         ]
@@ -174,9 +175,16 @@ def _short_members(shown: Change, columns: Sequence[Column] | None) -> bytes:
     )
 
 
-def _hexadecimal(scalar: bytes) -> bytes:
-    r"""Return a bytea without the ``\x`` that wal2json leaves away itself."""
-    return b'"' + scalar[4:] if scalar.startswith(b'"\\\\x') else scalar
+def _digits(types: Types, column: Column) -> bytes:
+    r"""Write a bytea without ``\x``."""
+    written = types.to_json(column.typeoid, column.value)
+    return written.replace(_BYTEA_PREFIX, b"", 1)
+
+
+def _finite(types: Types, column: Column) -> bytes:
+    """Write a number; what is none is null, as wal2json has it when it writes numbers bare."""
+    written = types.to_json(column.typeoid, column.value)
+    return b"null" if written.startswith(b'"') else written
 
 
 def _past(change: Change, shown: Change, look: Look) -> Sequence[Column] | None:
@@ -263,6 +271,15 @@ def _both(members: bytes, more: bytes) -> bytes:
 
 
 _json: Final = msgspec.json.Encoder().encode
+
+_BYTEA_PREFIX: Final = rb"\\x"
+_OTHERWISE: Final[dict[int, Callable[[Types, Column], bytes]]] = {
+    BYTEA_OID: _digits,
+    FLOAT4_OID: _finite,
+    FLOAT8_OID: _finite,
+    NUMERIC_OID: _finite,
+}
+"""Types of which Realtime's JSON is not that of ``to_jsonb``; of domains over them it is."""
 
 _MOST_BESIDES: Final = 1500
 """What a record has at most for a column besides its values: its name three times, and types."""
