@@ -6,7 +6,7 @@ ARGS ?=
 WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak check bench bench-fanout format containers lock setup setup-python setup-browser clean
+.PHONY: help demo test faults soak fuzz check bench bench-fanout format containers lock setup setup-python setup-browser clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -23,6 +23,10 @@ faults: setup ## 500 faults of network, server, disk and people (WALSTREAM_FAULT
 
 soak: setup ## the long runs: over an hour (WALSTREAM_SOAK_SECONDS=600 for less)
 	$(PYTHON) -m pytest -m soak $(ARGS)
+
+fuzz: setup-python ## the messages of Realtime's clients, by coverage (ARGS="frame -runs=10000000")
+	$(PYTHON) -m pip install --quiet atheris==3.0.0
+	$(PYTHON) -m fuzz.realtime $(or $(ARGS),session)
 
 check: setup-python ## linters, types and the layers of the imports
 	$(PYTHON) -m ruff check .

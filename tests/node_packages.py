@@ -40,14 +40,19 @@ def skip(reason: str) -> None:
 
 
 def _is_installed(folder: Path) -> bool:
-    """Whether the hidden lock file, which npm writes last, has what ours has."""
+    """Whether the hidden lock file, which npm writes last, has what ours has.
+
+    Of programs for other machines, which are optional, it has none.
+    """
     installed = folder / "node_modules" / ".package-lock.json"
     return installed.exists() and _versions(installed) == _versions(NODE / "package-lock.json")
 
 
 def _versions(lock: Path) -> dict[str, str]:
     packages = json.loads(lock.read_text())["packages"]
-    return {name: one["integrity"] for name, one in packages.items() if name}
+    return {
+        name: one["integrity"] for name, one in packages.items() if name and not one.get("optional")
+    }
 
 
 def _install(folder: Path) -> None:

@@ -102,7 +102,7 @@ class Proxy:
         self._server = _address(dsn)
         self._manner = PASS
         self._links: list[_Link] = []
-        self._accepting: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
         self._cut_next: _Budget | None = None
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
@@ -206,31 +206,38 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(CALL_SECONDS)
 
     async def _listen(self) -> None:
-        if self._accepting is not None:
+        if self._listener is not None:
             return
-        listener = socket.create_server((LOOPBACK, self.port), backlog=64)
-        listener.settimeout(0)
-        self.port = listener.getsockname()[1]
-        self._accepting = asyncio.create_task(self._accept(listener))
+        self._listener = socket.create_server((LOOPBACK, self.port), backlog=64)
+        self._listener.settimeout(0)
+        self.port = self._listener.getsockname()[1]
+        self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _stop_listening(self) -> None:
-        if self._accepting is not None:
-            accepting, self._accepting = self._accepting, None
-            await _end(accepting)
+        if self._listener is not None:
+            listener, self._listener = self._listener, None
+            self._loop.remove_reader(listener)
+            listener.close()
 
-    async def _accept(self, listener: socket.socket) -> None:
-        with listener:
-            while True:
-                client, _ = await self._loop.sock_accept(listener)
-                link = _Link(self, client)
-                self._links.append(link)
-                link.running = asyncio.create_task(self._run(link))
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # whoever came has gone again
+        client.settimeout(0)
+        link = _Link(self, client)
+        self._links.append(link)
+        link.running = self._loop.create_task(self._run(link))
 
     async def _run(self, link: _Link) -> None:
         try:
             await link.run()
         finally:
-            link.close()
+            self._forget(link)
+
+    def _forget(self, link: _Link) -> None:
+        link.close()
+        if link in self._links:
             self._links.remove(link)
 
     async def connect(self) -> socket.socket:
@@ -291,7 +298,7 @@ class Proxy:
         chosen = self._chosen(which)
         for link in chosen:
             link.reset()
-            await link.end()
+            await self._end_link(link)
         return len(chosen)
 
     async def _half_close(self, direction: Direction, which: Which) -> int:
@@ -309,7 +316,11 @@ class Proxy:
     async def _close(self) -> None:
         await self._stop_listening()
         for link in list(self._links):
-            await link.end()
+            await self._end_link(link)
+
+    async def _end_link(self, link: _Link) -> None:
+        await link.end()
+        self._forget(link)  # it may be so new that it has not begun
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ def supabase_service(
     slot: str = "",
     limits: str = "",
     more: str = "",
+    origin: str = "",
 ) -> Iterator[SupabaseService]:
     """Run walstream, and lead the proxy to it.
 
@@ -93,23 +95,27 @@ def supabase_service(
         slot: its name; a new one by default.
         limits: further keys of the section [realtime].
         more: further sections of the configuration.
+        origin: of the pages that may connect.
     """
+    line = CommandLine(folder)
+    if origin:
+        line.environment["WALSTREAM_HTTP_CORS_ORIGINS"] = json.dumps([origin])
     config = f"{ACCESS}{REALTIME % limits}{more}"
-    with live_service(
-        CommandLine(folder), database.dsn, slot or slot_name(), more=config
-    ) as service:
+    with live_service(line, database.dsn, slot or slot_name(), more=config) as service:
         url = httpx.URL(service.url)
         proxy.lead_to(f"host={url.host} port={url.port}")
         yield SupabaseService(database, proxy)
 
 
 @contextmanager
-def module_service(folder: Path, server_dsn: str, template: str) -> Iterator[SupabaseService]:
+def module_service(
+    folder: Path, server_dsn: str, template: str, *, origin: str = ""
+) -> Iterator[SupabaseService]:
     """Run walstream over a database for all tests of a module together."""
     with (
         create_database(server_dsn, template) as database,
         Proxy("host=127.0.0.1 port=1", is_postgres=False) as proxy,
-        supabase_service(folder, database, proxy) as service,
+        supabase_service(folder, database, proxy, origin=origin) as service,
     ):
         yield service
     drop_database(server_dsn, database.name)

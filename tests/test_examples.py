@@ -107,7 +107,8 @@ def service_of(database: Database, tmp_path: Path) -> ServiceOf:
 def test_every_example_is_told_and_tested() -> None:
     names = {folder.name for folder in EXAMPLES.iterdir() if folder.is_dir()}
     told = (EXAMPLES / "README.md").read_text()
-    tested = Path(__file__).read_text()
+    browsed = Path(__file__).parent / "browser" / "test_supabase_examples.py"
+    tested = Path(__file__).read_text() + browsed.read_text().replace("site_of(", "service_of(")
     for name in names:
         assert f"[{name}]({name})" in told
         assert f'service_of("{name}")' in tested

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from importlib import metadata
 from typing import Any, Final
 
 import httpx
@@ -31,7 +32,8 @@ from tests.test_documents import code, tables, text_of
 from walstream.changes import Operation, Relation
 from walstream.config.live import HttpConfig
 from walstream.errors import EX_CONFIG, ConfigError, SetupError
-from walstream.gateway import Gateway, listening, server
+from walstream.gateway import Gateway, listening, shared
+from walstream.gateway import connection as http_connection
 from walstream.gateway.app import make_app
 from walstream.gateway.metrics import make_registry
 from walstream.vitals import ChangeCount, Outcome, Phase, Vitals
@@ -118,6 +120,14 @@ async def test_the_application_can_be_mounted_in_another_one() -> None:
 
 
 # ---- Metrics
+
+
+async def test_the_version_is_not_looked_up_at_each_scrape(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes milliseconds, and keeps what it finds in folders in which files come and go."""
+    monkeypatch.setattr(metadata, "version", None)
+    assert 'walstream_build_info{slot="' in (await client.get("/metrics")).text
 
 
 def families(vitals: Vitals) -> dict[str, Metric]:
@@ -490,7 +500,7 @@ async def test_it_closes_within_a_second_whatever_clients_do(
 async def test_a_request_that_takes_too_long_is_given_up(
     monkeypatch: pytest.MonkeyPatch, logged: list[Any]
 ) -> None:
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(http_connection, "REQUEST_SECONDS", 0.05)
     async with Gateway.open(LISTEN, vitals.full) as gateway:
         for request in (b"", b"GET /health/live HTTP/1.1\r\nX: "):
             reader, writer = await connect(gateway)
@@ -507,7 +517,7 @@ async def test_a_request_that_takes_too_long_is_given_up(
 async def test_connections_are_bounded_and_those_that_ask_for_nothing_make_room(
     monkeypatch: pytest.MonkeyPatch, async_wait_until: Callable[..., Awaitable[Any]]
 ) -> None:
-    monkeypatch.setattr(server, "RESERVED", 4)
+    monkeypatch.setattr(shared, "RESERVED", 4)
     http = HttpConfig(listen="127.0.0.1:0", max_connections=4)
     async with Gateway.open(http, vitals.full) as gateway:
         held = [await connect(gateway) for _ in range(24)]

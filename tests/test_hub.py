@@ -108,7 +108,13 @@ class Sent:
 _HIDING: Final = Projection(exclude=["owner"])
 _MASKING: Final = Projection(mask={"owner": Mask.parse("redact")})
 _CONDITIONS: Final = (None, "owner=eq.x", "size=gt.1", "or(owner.eq.x,size.eq.2)", "owner=not.eq.x")
-_FILTERS: Final = (*_CONDITIONS, "size=eq.1,owner=eq.x", "owner=in.(x,y)", "owner=is.null")
+_FILTERS: Final = (
+    *_CONDITIONS,
+    "size=eq.1,owner=eq.x",
+    "owner=in.(x,y)",
+    "owner=is.null",
+    "owner=match.^[xy]$",
+)
 
 
 def _where(text: str | None) -> Any:
@@ -127,13 +133,15 @@ readers = st.builds(
     lambda some: Reader("reader", grants=tuple(some)), st.lists(grants, min_size=1, max_size=2)
 )
 subscriptions = st.builds(
-    lambda table, operations, where, columns, leaving: Subscription(
+    lambda table, operations, where, columns, leaving, told, with_key: Subscription(
         TablePattern.parse(table),
         operations or ALL_OPERATIONS,
         explicit=bool(operations),
         where=_where(where),
         columns=columns,
         leaving=leaving,
+        tells_departure=told,
+        with_key=with_key,
     ),
     st.sampled_from(["public.one", "public.root", "public.*", "public.*"]),
     st.one_of(
@@ -142,6 +150,8 @@ subscriptions = st.builds(
     ),
     st.sampled_from(_FILTERS),
     st.sampled_from([None, None, frozenset({"id"}), frozenset({"owner", "size"})]),
+    st.booleans(),
+    st.booleans(),
     st.booleans(),
 )
 rows = st.fixed_dictionaries(

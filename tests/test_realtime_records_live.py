@@ -6,14 +6,16 @@ value of it cast to the column's type and to jsonb, a bytea taken as the text th
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any, Final
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from tests.postgres import Database, create_database, drop_database
 from tests.records import pinned
@@ -26,6 +28,7 @@ from walstream.live.subscriptions import Subscription
 from walstream.live.views import Look, View
 from walstream.realtime.records import RealtimeForm
 from walstream.router import TablePattern
+from walstream.values import BYTEA_OID
 
 REALTIME_OPTIONS: Final = {
     "include-pk": "true",
@@ -41,10 +44,11 @@ NOT_FINITE: Final = {
     "numeric(10,2)": ["NaN", "1.1"],
 }
 ALL: Final = {**TYPES, **{name: [*TYPES.get(name, []), *more] for name, more in NOT_FINITE.items()}}
-VALUE_OF: Final = """
-    SELECT CASE WHEN %(typeoid)s::regtype = 'bytea'::regtype THEN to_jsonb(%(text)s::text)
-                ELSE to_jsonb(%(text)s::text::{type}) END::text
+TYPE_OF: Final = """
+    SELECT format('%%I.%%I', nspname, typname)
+      FROM pg_type t JOIN pg_namespace n ON n.oid = typnamespace WHERE t.oid = %(typeoid)s
 """
+"""Realtime says ``character`` and ``bit`` instead, which cut values to one character, one bit."""
 
 
 class Slot:
@@ -76,20 +80,30 @@ class Both:
         self._theirs = Slot(self.connection, REALTIME_OPTIONS)
         self._catalog = Catalog(database.dsn, application_name="tests")
         self._decoder = Decoder()
-        self._form = RealtimeForm(with_position=False)
 
-    async def close(self) -> None:
-        await self._catalog.close()
-        self.connection.close()
+    def execute(self, statement: str, *parameters: Any) -> None:
+        self.connection.execute(statement.encode(), parameters or None)
 
-    def execute(self, sql: str, *parameters: Any) -> None:
-        self.connection.execute(sql.encode(), parameters)
+    def begin(self, table: str) -> None:
+        """Create the table ``t`` anew."""
+        self.execute(f"DROP TABLE IF EXISTS t; CREATE TABLE t {table}")
+        self._decoder = Decoder()
 
-    async def written(self) -> list[dict[str, Any]]:
-        """Return what clients get of the changes since the last call."""
-        changes = [await self._decoded(record.encode()) for record in self._ours.read()]
+    def verify(self, count: int) -> None:
+        """Compare the changes since the last call, so many."""
+        ours, theirs = self._ours.read(), self._theirs.read()
+        written = asyncio.run(self._written(ours))
+        assert len(written) == count
+        assert written == [self._change(json.loads(one, parse_float=str)) for one in theirs]
+
+    async def _written(self, records: Sequence[str]) -> list[dict[str, Any]]:
+        try:
+            changes = [await self._decoded(record.encode()) for record in records]
+        finally:
+            await self._catalog.close()
+        form = RealtimeForm(with_position=False)
         return [
-            _exact(self._form.write(_view(change), change, Look.WHOLE))
+            _exact(form.write(_view(change), change, Look.WHOLE))
             for change in changes
             if isinstance(change, Change)
         ]
@@ -100,10 +114,6 @@ class Both:
         except UnknownLayout as question:
             self._decoder.learn(await self._catalog.layout(question))
             return self._decoder.decode(record)
-
-    def expected(self) -> list[dict[str, Any]]:
-        """Return what Realtime makes of the changes since the last call."""
-        return [self._change(json.loads(record, parse_float=str)) for record in self._theirs.read()]
 
     def _change(self, record: dict[str, Any]) -> dict[str, Any]:
         kind = {"I": "INSERT", "U": "UPDATE", "D": "DELETE"}[record["action"]]
@@ -144,13 +154,14 @@ class Both:
             return None
         # A number, too, goes through the text that it has in the record.
         text = {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
-        query = VALUE_OF.format(
-            type=self._ask("SELECT %(oid)s::regtype::text", oid=column["typeoid"])
-        )
-        return _exact(self._ask(query, typeoid=column["typeoid"], text=text))
+        literal = sql.Literal(text).as_string(self.connection)
+        if column["typeoid"] == BYTEA_OID:
+            return _exact(self._ask(f"SELECT to_jsonb({literal}::text)::text"))
+        type_name = self._ask(TYPE_OF, typeoid=column["typeoid"])
+        return _exact(self._ask(f"SELECT to_jsonb({literal}::{type_name})::text"))
 
     def _ask(self, query: str, **parameters: Any) -> Any:
-        row = self.connection.execute(query.encode(), parameters).fetchone()
+        row = self.connection.execute(query.encode(), parameters or None).fetchone()
         assert row is not None
         return row[0]
 
@@ -166,23 +177,76 @@ def _exact(text: str | bytes) -> Any:
 
 
 @pytest.fixture(scope="module")
-def module_database(server_dsn: str, database_template: str) -> Iterator[Database]:
+def both(server_dsn: str, database_template: str) -> Iterator[Both]:
     with create_database(server_dsn, database_template) as database:
         database.execute(SET_UP)
-        yield database
+        both = Both(database)
+        yield both
+        both.connection.close()
     drop_database(server_dsn, database.name)
 
 
 @pytest.mark.parametrize("pg_type", ALL)
-async def test_values_are_what_realtime_makes_of_them(
-    module_database: Database, pg_type: str
-) -> None:
-    both = Both(module_database)
-    both.execute(f"CREATE TABLE t (id int PRIMARY KEY, v {pg_type})")
+def test_values_are_what_realtime_makes_of_them(both: Both, pg_type: str) -> None:
+    both.begin(f"(id int PRIMARY KEY, v {pg_type})")
     for place, value in enumerate([*ALL[pg_type], None]):
         both.execute(f"INSERT INTO t VALUES (%s, %s::{pg_type})", place, value)
-    written = await both.written()
-    assert len(written) == len(ALL[pg_type]) + 1
-    assert written == both.expected()
-    both.execute("DROP TABLE t")
-    await both.close()
+    both.verify(len(ALL[pg_type]) + 1)
+
+
+LONG: Final = "(SELECT string_agg(md5(n::text), '') FROM generate_series(1, 300) AS n)"
+IDENTITY: Final = "ALTER TABLE t REPLICA IDENTITY"
+DOUBLE: Final = "double int GENERATED ALWAYS AS (a * 2) STORED"
+
+
+@pytest.mark.parametrize(
+    ("table", "statements"),
+    [
+        pytest.param(table, statements, id=name)
+        for name, (table, statements) in {
+            "key that stays": (
+                "(a int, id int PRIMARY KEY, b text)",
+                ["INSERT INTO t VALUES (1, 2, 'x')", "UPDATE t SET a = 3", "DELETE FROM t"],
+            ),
+            "key that changes": (
+                "(id int PRIMARY KEY, b text)",
+                ["INSERT INTO t VALUES (1, 'x')", "UPDATE t SET id = 2, b = 'y'"],
+            ),
+            "key of two columns in another order": (
+                "(a int, b text, c bool, PRIMARY KEY (c, a))",
+                ["INSERT INTO t VALUES (1, 'x', true)", "UPDATE t SET b = 'y'", "DELETE FROM t"],
+            ),
+            "full": (
+                f"(id int PRIMARY KEY, b text); {IDENTITY} FULL",
+                ["INSERT INTO t VALUES (1, 'x')", "UPDATE t SET b = NULL", "DELETE FROM t"],
+            ),
+            "another index": (
+                f"(id int PRIMARY KEY, b text NOT NULL UNIQUE); {IDENTITY} USING INDEX t_b_key",
+                ["INSERT INTO t VALUES (1, 'x')", "UPDATE t SET b = 'y'", "DELETE FROM t"],
+            ),
+            "unchanged": (
+                "(id int PRIMARY KEY, long text, b int)",
+                [f"INSERT INTO t VALUES (1, {LONG}, 1)", "UPDATE t SET b = 2", "DELETE FROM t"],
+            ),
+            "unchanged and full": (
+                f"(id int PRIMARY KEY, long text, b int); {IDENTITY} FULL",
+                [f"INSERT INTO t VALUES (1, {LONG}, 1)", "UPDATE t SET b = 2", "DELETE FROM t"],
+            ),
+            "odd names": (
+                '("a ""quoted"" \\ name" int PRIMARY KEY, "€" text, "B" int)',
+                ["INSERT INTO t VALUES (1, 'x')", 'UPDATE t SET "B" = 2', "DELETE FROM t"],
+            ),
+            "generated and dropped columns": (
+                f"(id int PRIMARY KEY, gone int, a int, {DOUBLE}); ALTER TABLE t DROP COLUMN gone",
+                ["INSERT INTO t (id, a) VALUES (1, 1)", "UPDATE t SET a = 2", "DELETE FROM t"],
+            ),
+        }.items()
+    ],
+)
+def test_rows_are_what_realtime_makes_of_them(
+    both: Both, table: str, statements: list[str]
+) -> None:
+    both.begin(table)
+    for statement in statements:
+        both.execute(statement)
+    both.verify(len(statements))

@@ -295,7 +295,10 @@ async def test_streams_are_told_when_the_server_closes_and_it_takes_less_than_a_
         mute_writer.transport.pause_reading()  # type: ignore[attr-defined]
         streams.open[1].write(b"x" * (16 << 20))
         await async_wait_until(
-            lambda: any(one.flow.write_paused for one in gateway.server._connections())
+            lambda: any(
+                isinstance(one, http_connection.Connection) and one.flow.write_paused
+                for one in gateway.server._connections()
+            )
         )
         before = time.monotonic()
     assert time.monotonic() - before < 1

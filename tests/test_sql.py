@@ -163,6 +163,54 @@ def test_monitoring_shows_the_slot_and_who_reads_it(database: Database) -> None:
     assert slot in run_twice(database.dsn, "04_monitoring.sql")
 
 
+LIVE = ("messages_v2", "reminders", "user_interactions")
+
+
+def test_tables_to_be_followed_live_are_made_and_may_be_read(database: Database, role: str) -> None:
+    run_twice(database.dsn, "01_role_and_grants.sql", role=role)
+    output = run_twice(database.dsn, "07_live_tables.sql", role=role, schema="Odd one")
+    assert output.count('"Odd one".') == len(LIVE)
+    identities = [replica_identity(database, f'"Odd one".{table}') for table in LIVE]
+    assert identities == ["f", "d", "d"]
+    for table in LIVE:
+        assert database.execute(
+            "SELECT has_table_privilege(oid, %s, 'SELECT') FROM pg_roles WHERE rolname = %s",
+            f'"Odd one".{table}',
+            role,
+        ) == [(True,)]
+
+
+def test_tables_that_are_there_keep_their_columns_and_rows(database: Database) -> None:
+    database.execute(
+        "CREATE TABLE messages_v2 (id int PRIMARY KEY); INSERT INTO messages_v2 VALUES (1)"
+    )
+    run_twice(database.dsn, "07_live_tables.sql", role="nobody")
+    assert database.execute("TABLE messages_v2") == [(1,)]
+    assert replica_identity(database, "messages_v2") == "f"
+
+
+def test_row_security_shows_the_conversations_of_the_claims(private_cluster: StartCluster) -> None:
+    dsn = private_cluster().conninfo()
+    for name in ("07_live_tables.sql", "08_row_security.sql"):
+        output = run_twice(dsn, name)
+    assert output.count("| t            |") == len(LIVE)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO messages_v2 (conversation_id, sender, content)"
+            " VALUES ('a', 'Ada', '1'), ('b', 'Ben', '2'), ('c', 'Cem', '3')"
+        )
+        connection.execute("SET SESSION AUTHORIZATION walstream_asks")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("TABLE messages_v2")
+        connection.execute("SET ROLE authenticated")
+        assert connection.execute("TABLE messages_v2").fetchall() == []
+        connection.execute(
+            """SELECT set_config('request.jwt.claims', '{"conversations": ["a", "c"]}', false)"""
+        )
+        shown = connection.execute("SELECT sender FROM messages_v2 ORDER BY id").fetchall()
+        assert shown == [("Ada",), ("Cem",)]
+
+
 def test_tear_down_leaves_no_role_and_no_slot(database: Database, role: str) -> None:
     slot = f"{database.name}_slot"
     database.execute("CREATE TABLE t ()")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
-from tests.postgres import Database
+from tests.postgres import Database, wait_until
 from tests.proxy import Proxy
-from tests.supabase_service import SupabaseService, module_service, supabase_service
+from tests.supabase_service import SupabaseService, module_service, supabase_service, token
 from tests.supabase_tests import (
     AccessTests,
     ChangesTests,
@@ -94,11 +95,79 @@ def test_connections_that_are_cut_lose_and_double_nothing(
     both: list[Told], database: Database, proxy: Proxy, tmp_path: Path
 ) -> None:
     with supabase_service(tmp_path, database, proxy) as service:
-        every_change_comes_once(both, service, count=10_000)
+        every_change_comes_once(both, service)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_connections_that_are_cut_hundreds_of_times(
+    both: list[Told], database: Database, proxy: Proxy, tmp_path: Path
+) -> None:
+    with supabase_service(tmp_path, database, proxy) as service:
+        every_change_comes_once(both, service, count=150_000, rounds=400)
+
+
+HARD: Final = (
+    "a,b",
+    "(c)",
+    'say "hi"',
+    "back\\slash",
+    " spaced ",
+    "it's",
+    "a.b=c",
+    "é😀",
+    "%",
+)
+"""Values that mean something in filters."""
 
 
 class TestNode:
     """What only this client has."""
+
+    def test_filters_that_the_client_has_built(self, told: Told, service: SupabaseService) -> None:
+        table = service.table("id int PRIMARY KEY, word text")
+        ids = list(range(len(HARD)))
+        asked: dict[str, list[Any]] = {
+            f"eq {id_}": [["eq", "word", word]] for id_, word in zip(ids, HARD, strict=True)
+        }
+        asked["in"] = [["in", "word", HARD], ["gt", "id", 0]]
+        asked["not in"] = [["not", "word", "in", HARD[1:]]]
+        channel = client_of(told, service).channel(service.topic())
+        for label, calls in asked.items():
+            channel.on_changes(label, table=table, filter={"$calls": calls})
+        channel.join()
+        service.execute(
+            f"INSERT INTO {table} SELECT i - 1, w FROM unnest(%s::text[]) WITH ORDINALITY a (w, i)",
+            list(HARD),
+        )
+        channel.wait_for(lambda it: it.ids("in")[-1:] == ids[-1:])
+        assert [channel.ids(f"eq {id_}") for id_ in ids] == [[id_] for id_ in ids]
+        assert channel.ids("in") == ids[1:]
+        assert channel.ids("not in") == ids[:1]
+
+    def test_heartbeats_are_answered_and_bring_another_token_along(
+        self, told: Told, service: SupabaseService
+    ) -> None:
+        table = service.table("id int PRIMARY KEY")
+        client = client_of(told, service, token=token(seconds=2.99), heartbeatMs=100)
+        client.tell("onHeartbeat")
+        channel = client.channel(service.topic()).on("system", "system").on_changes(table=table)
+        channel.join()
+        client.tell("token", token=token())
+        wait_until(
+            lambda: (
+                [one["payload"] for one in told.events("heartbeat", client.name)].count("ok") > 30
+            )
+        )
+        service.execute(f"INSERT INTO {table} VALUES (1)")
+        channel.wait_for(lambda it: it.ids() == [1])
+        assert channel.statuses == ["SUBSCRIBED"]
+        assert problems(channel) == []
+
+    def test_who_has_no_key_does_not_come_in(self, told: Told, service: SupabaseService) -> None:
+        channel = told.client(service.url, "no key").channel(service.topic()).subscribe()
+        channel.wait_for(lambda it: it.errors)
+        assert channel.statuses == ["CHANNEL_ERROR"]
 
     def test_what_is_sent_before_the_join_goes_by_http(
         self, told: Told, service: SupabaseService
@@ -150,10 +219,48 @@ def test_bytes_come_to_those_who_can_have_them(both: list[Told], service: Supaba
     assert [one["payload"] for one in old.payloads("broadcast")] == [{"n": 1}, {"n": 1}]
 
 
+def test_any_json_can_be_said(both: list[Told], service: SupabaseService) -> None:
+    topic = service.topic()
+    channels = [
+        client_of(told, service).channel(topic, broadcast={"self": True}).on("broadcast", event="*")
+        for told in both
+    ]
+    for channel in channels:
+        channel.join()
+    payloads = [
+        {"a": {"b": None}},
+        [1, "two"],
+        "text é😀",
+        1.5,
+        True,
+        {"ids": [1]},
+        {},
+        "x" * 10**6,
+    ]
+    for channel in channels:
+        for payload in payloads:
+            said = {"type": "broadcast", "event": "x", "payload": payload}
+            channel.tell("send", message=said)
+        for one in channels:
+            one.wait_for_payloads("broadcast", len(payloads))
+    for channel in channels:
+        channel.wait_for_payloads("broadcast", 2 * len(payloads))
+        heard = [one["payload"] for one in channel.payloads("broadcast")]
+        for payload in payloads:
+            assert heard.count(payload) == 2
+
+
+def test_what_is_too_large_is_not_acknowledged(both: list[Told], service: SupabaseService) -> None:
+    for told in both:
+        channel = client_of(told, service).channel(service.topic(), broadcast={"ack": True}).join()
+        said = {"type": "broadcast", "event": "x", "payload": {"a": "x" * 3_000_001}}
+        assert channel.tell("send", message=said) == "error"
+
+
 def test_limits_are_told(
     both: list[Told], database: Database, proxy: Proxy, tmp_path: Path
 ) -> None:
-    limits = "max_channels = 2\nmax_bindings = 2\njoins_per_second = 4\nmessages_per_second = 20"
+    limits = "max_channels = 2\nmax_bindings = 2\njoins_per_second = 4\nmessages_per_second = 2"
     with supabase_service(tmp_path, database, proxy, limits=limits) as service:
         for told in both:
             _verify_channels(told, service)
@@ -194,7 +301,7 @@ def _verify_bindings(told: Told, service: SupabaseService) -> None:
 
 def _verify_messages(told: Told, service: SupabaseService) -> None:
     channel = client_of(told, service).channel(service.topic()).on("system", "system").join()
-    for number in range(30):
+    for number in range(130):
         said = {"type": "broadcast", "event": "x", "payload": {"n": number}}
         channel.tell("send", message=said)
     channel.wait_for(problems)
@@ -204,7 +311,7 @@ def _verify_messages(told: Told, service: SupabaseService) -> None:
 def _verify_presence(told: Told, service: SupabaseService) -> None:
     channel = client_of(told, service).channel(service.topic()).on("system", "system").join()
     for number in range(6):
-        channel.tell("track", payload={"n": number})
+        channel.tell("track", payload={"n": number}, opts={"timeout": 500})
     channel.wait_for(problems)
     assert problems(channel)[0] == "Client presence rate limit exceeded"
 

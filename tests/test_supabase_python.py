@@ -76,4 +76,4 @@ def test_connections_that_are_cut_lose_and_double_nothing(
     told: Told, database: Database, proxy: Proxy, tmp_path: Path
 ) -> None:
     with supabase_service(tmp_path, database, proxy) as service:
-        every_change_comes_once([told], service, count=10_000)
+        every_change_comes_once([told], service)

@@ -52,8 +52,6 @@ class Told(ABC):
 
     reconnect_ms: int | None = 20
     """None for the client's own pauses, the first of which is a second."""
-    passes_on_keys: ClassVar[bool] = True
-    """Whether a binding may have keys that the client does not know."""
     stays_joined_after_errors: ClassVar[bool] = True
     """Whether a system message of an error is no reason to join anew."""
 
@@ -296,7 +294,6 @@ class NodeClient(Program):
 class PythonClient(Program):
     """The package realtime."""
 
-    passes_on_keys = False
     stays_joined_after_errors = False
 
     def __init__(self, python: str, log: Path) -> None:

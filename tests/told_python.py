@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from realtime import AsyncRealtimeChannel, AsyncRealtimeClient
 from realtime.types import (
@@ -17,6 +17,8 @@ from realtime.types import (
 )
 
 Given = Mapping[str, Any]
+
+CLOSE_SECONDS: Final = 5.0
 
 
 class Driver:
@@ -62,7 +64,8 @@ class Driver:
         await self._clients[client].set_auth(token)
 
     async def close(self, client: str) -> None:
-        await self._clients[client].remove_all_channels()
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await self._clients[client].remove_all_channels()
 
     # Channels
 
@@ -103,8 +106,7 @@ class Driver:
         it = self._channels[channel]
         match type:
             case "postgres_changes":
-                if follow:
-                    self._follow(it, filter.pop("since"))
+                _ask_in_the_join(it, filter)
                 event = RealtimePostgresChangesListenEvent(filter.pop("event"))
                 callback = _following(it, tell) if follow else tell
                 it.on_postgres_changes(event, callback, **filter)
@@ -116,10 +118,6 @@ class Driver:
                 _on_presence(it, filter["event"], tell)
             case _:
                 raise ValueError(type)
-
-    def _follow(self, channel: AsyncRealtimeChannel, since: str | None) -> None:
-        """Say where to begin: of the join itself, for this client's bindings have no place."""
-        channel.join_push.update_payload({"since": since})
 
     # What is said
 
@@ -147,6 +145,13 @@ class Driver:
 
     async def presenceState(self, channel: str) -> Any:  # noqa: N802
         return self._channels[channel].presence_state()
+
+
+def _ask_in_the_join(channel: AsyncRealtimeChannel, asked: dict[str, Any]) -> None:
+    """Say of the join what this client's bindings have no place for."""
+    for name in ("since", "leaving"):
+        if name in asked:
+            channel.join_push.update_payload({name: asked.pop(name)})
 
 
 def _following(channel: AsyncRealtimeChannel, tell: Any) -> Any:

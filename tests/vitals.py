@@ -20,6 +20,7 @@ from walstream.vitals import (
     Outcome,
     Phase,
     RealtimeVitals,
+    RowSecurityVitals,
     SlotVitals,
     Vitals,
 )
@@ -85,6 +86,7 @@ def full(**differs: Any) -> Vitals:
             published_changes=1000,
             sent_changes=50_000,
             ended={"left": 40, "slow": 1},
+            row_security=RowSecurityVitals(questions=20, asked=80, hidden=30, failed=2),
         ),
         realtime=RealtimeVitals(
             sockets=400,

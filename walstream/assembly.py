@@ -12,6 +12,7 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
+from walstream.access.row_security import RowSecurity
 from walstream.catalog import Catalog
 from walstream.config import (
     Config,
@@ -256,9 +257,21 @@ def _sink(name: str, config: SinkConfig, settings: Config, catalog: Catalog) -> 
         case WebhookSinkConfig():
             return _webhook(name, config, settings.slot.name)
         case LiveSinkConfig():
-            return LiveSink(name, Hub(catalog, _history(settings)))
+            return LiveSink(name, Hub(catalog, _history(settings), _row_security(settings)))
         case _:
             assert_never(config)
+
+
+def _row_security(settings: Config) -> RowSecurity | None:
+    section = settings.access.row_security
+    if not settings.access.asks_row_security:
+        return None
+    return RowSecurity(
+        lambda: section.own_dsn() or settings.postgres.catalog_dsn(),
+        application_name=f"{settings.postgres.application_name} row security"[:63],
+        max_connections=section.max_connections,
+        timeout_seconds=section.timeout_seconds,
+    )
 
 
 def _history(settings: Config) -> History:

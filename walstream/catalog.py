@@ -60,7 +60,7 @@ class Table(msgspec.Struct, frozen=True):
 
     ``kind`` is ``pg_class.relkind``, ``replica_identity`` is ``pg_class.relreplident``;
     ``identity`` names the columns that an update or delete is identified by, ``ancestors`` the
-    partitioned tables above, nearest first.
+    partitioned tables above, nearest first. ``has_row_security`` is about all of these.
     """
 
     relation: Relation
@@ -71,6 +71,7 @@ class Table(msgspec.Struct, frozen=True):
     key: tuple[str, ...]
     identity: tuple[str, ...]
     ancestors: tuple[Relation, ...]
+    has_row_security: bool = False
 
     @property
     def is_partitioned(self) -> bool:
@@ -169,16 +170,17 @@ class Catalog:
         rows = await self.rows(_TABLE, {"schema": relation.schema, "name": relation.name})
         if not rows:
             return None
-        kind, persistence, replica_identity, columns, key, identity, ancestors = rows[0]
+        kind, persistence, replica_identity, columns, key, identity, ancestors, secured = rows[0]
         return Table(
             relation,
             kind,
             persistence,
             replica_identity,
-            tuple(TableColumn(*column) for column in columns),
+            tuple([TableColumn(*column) for column in columns]),
             tuple(key),
             tuple(identity),
-            tuple(Relation(*ancestor) for ancestor in ancestors),
+            tuple([Relation(*ancestor) for ancestor in ancestors]),
+            secured,
         )
 
     async def tables(self, schema: str | None = None, name: str | None = None) -> list[Relation]:
@@ -198,7 +200,9 @@ class Catalog:
         columns |= dict(zip(question.identity_names, question.identity_typeoids, strict=True))
         columns |= dict(zip(question.names, question.typeoids, strict=True))
         await self.learn_types(columns.values())
-        toastable = tuple(column.name for column in now if column.toastable)
+        # Of a list: a tuple of a generator is cut to its length, and Python keeps 2,000 of each
+        # length when they are gone, until it looks for cycles everywhere.
+        toastable = tuple([column.name for column in now if column.toastable])
         sent = set(question.names)
         return Layout(
             relation=question.relation,
@@ -208,11 +212,11 @@ class Catalog:
             types=self.types,
             ancestors=table.ancestors if table else (),
             columns=columns,
-            missing=tuple(name for name in toastable if name not in sent),
+            missing=tuple([name for name in toastable if name not in sent]),
             toastable=toastable,
             is_full=table is not None and table.replica_identity == "f",
             in_catalog=table is not None,
-            table_columns=tuple((column.name, column.typeoid) for column in now),
+            table_columns=tuple([(column.name, column.typeoid) for column in now]),
         )
 
     async def learn_types(self, oids: Iterable[int]) -> None:
@@ -425,7 +429,11 @@ _TABLE: Final = sql.SQL(
                    FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS up (oid, place)
                    JOIN pg_class p ON p.oid = up.oid AND p.oid <> c.oid
                    JOIN pg_namespace pn ON pn.oid = p.relnamespace
-                  ORDER BY up.place)
+                  ORDER BY up.place),
+           c.relrowsecurity
+           OR EXISTS (SELECT FROM pg_partition_ancestors(c.oid) AS up (oid)
+                        JOIN pg_class p ON p.oid = up.oid
+                       WHERE p.relrowsecurity)
       FROM pg_class c
       JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = %(schema)s AND c.relname = %(name)s

@@ -6,8 +6,6 @@ signs are no letters here.
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import groupby
@@ -38,11 +36,20 @@ def upper(character: str) -> str:
     return character
 
 
+_BLOCKS: Final = ((0, 0x3FFFF), (0xE0000, 0xE0FFF))
+_PRIVATE: Final = ((0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
+"""What may be anything, and what is all alike; between them nothing is assigned."""
+
+
 def _runs(belongs: Callable[[str], bool]) -> Iterator[Run]:
-    for is_member, run in groupby(map(chr, range(sys.maxunicode + 1)), key=belongs):
-        if is_member:
-            characters = list(run)
-            yield characters[0], characters[-1]
+    for first, last in _BLOCKS:
+        for is_member, run in groupby(map(chr, range(first, last + 1)), key=belongs):
+            if is_member:
+                characters = list(run)
+                yield characters[0], characters[-1]
+    for first, last in _PRIVATE:
+        if belongs(chr(first)):
+            yield chr(first), chr(last)
 
 
 def _is_alnum(character: str) -> bool:
@@ -54,11 +61,14 @@ def _is_printed(character: str) -> bool:
 
 
 def _is_graphic(character: str) -> bool:
-    return _is_printed(character) and not _IS_SPACE(character)
+    return _is_printed(character) and character not in _SPACES
 
 
-_SPACES: Final = "\t-\r \u1680\u2000-\u2006\u2008-\u200a\u2028\u2029\u205f\u3000"
-_IS_SPACE: Final = re.compile(f"[{_SPACES}]").match
+_SPACES: Final = frozenset(
+    "\t\n\v\f\r \u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+    "\u2008\u2009\u200a\u2028\u2029\u205f\u3000"
+)
+"""No-break spaces are none, and neither are the separators of ASCII."""
 
 _RUNS: Final[dict[str, tuple[Run, ...]]] = {
     "ascii": (("\x00", "\x7f"),),
@@ -74,7 +84,7 @@ _CLASSES: Final[dict[str, Callable[[str], bool]]] = {
     "lower": lambda one: one.islower() or (one.istitle() and upper(one) != one),
     "print": _is_printed,
     "punct": lambda one: _is_graphic(one) and not _is_alnum(one),
-    "space": lambda one: _IS_SPACE(one) is not None,
+    "space": lambda one: one in _SPACES,
     "upper": lambda one: one.isupper() or one.istitle(),
     "word": lambda one: one == "_" or _is_alnum(one),
 }

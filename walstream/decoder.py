@@ -332,7 +332,7 @@ def _fill_in(
         and len(identity) >= len(columns)
         and [column.name for column in identity] != layout.key
     )
-    unchanged = () if is_whole else tuple(name for name in layout.missing if name not in by_name)
+    unchanged = () if is_whole else tuple([name for name in layout.missing if name not in by_name])
     if len(by_name) == len(columns):
         return columns, unchanged
     order = [column.name for column in identity] if is_whole else layout.columns

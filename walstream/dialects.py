@@ -81,11 +81,14 @@ _CONSTRAINTS: Final = {
     "Y": r"(?!\b)",
 }
 
-MAX_MEMORY_BYTES: Final = 1 << 20
+MAX_MEMORY_BYTES: Final = 1 << 21
 """What RE2 may have for one pattern: where that is not enough it needs more time instead."""
 
-MAX_PROGRAM: Final = 10_000
-"""Steps of a pattern that RE2 has compiled: a character may cost as many, and no more."""
+MAX_PROGRAM: Final = 30_000
+"""Steps of a pattern that RE2 has compiled: a character may cost as many, and no more.
+
+``\\w``, which has the letters of all scripts, is some 1,200 of them.
+"""
 
 MAX_TEXT_BYTES: Final = 1 << 18
 """What a client's pattern is tried on."""

@@ -416,7 +416,8 @@ _FAILED: Final = (
             {"filter": "a=not.in.(1,)", "select": ["id", "n"]},
             (
                 f'{_FAILED} filters: [{{"a", "in", "{{1,}}", true}}], select: ["id", "n"]].'
-                ' Exception: ERROR 22P02 (invalid_text_representation) malformed array literal: "{1,}"'
+                " Exception: ERROR 22P02 (invalid_text_representation)"
+                ' malformed array literal: "{1,}"'
             ),
         ),
         (
@@ -466,7 +467,11 @@ def test_a_binding_is_shown_as_the_original_shows_it() -> None:
 
 
 def test_bindings_are_echoed_in_their_order_with_nothing_but_an_id() -> None:
-    raw = [{"table": "a", "extra": {"x": [1]}}, {"event": "nonsense"}, {"table": "a", "event": "*"}]
+    raw: list[dict[str, Any]] = [
+        {"table": "a", "extra": {"x": [1]}},
+        {"event": "nonsense"},
+        {"table": "a", "event": "*"},
+    ]
     bindings = read_bindings(raw, Limits())
     assert [{**one.echo, "id": 0} for one in bindings] == [{**one, "id": 0} for one in raw]
 
@@ -476,6 +481,16 @@ def test_bindings_beyond_the_limit_are_refused_and_echoed_all_the_same() -> None
     assert [one.error for one in bindings[:3]] == ["", "", ""]
     assert "4 in one channel; allowed: 3" in bindings[3].error
     assert bindings[3].echo["table"] == "t3"
+
+
+def test_what_is_nested_too_deeply_is_not_echoed() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    first, second = read_bindings([{**TODOS, "x": deep}, {**TODOS, "x": [[[1]]]}], Limits())
+    assert first.echo == {"id": first.id}
+    assert first.error
+    assert not second.error
 
 
 def test_patterns_of_all_bindings_together_are_bounded() -> None:

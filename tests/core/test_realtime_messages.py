@@ -157,7 +157,31 @@ def test_brackets_are_counted_outside_of_text_only() -> None:
     assert message.payload["y"] == [[]] * 500
 
 
-@pytest.mark.parametrize("depth", [1, MAX_DEPTH, MAX_DEPTH + 1, 10_000])
+BRACKETS = st.text('[]{}"\\\\a', max_size=8)
+BRACKETED = st.recursive(
+    BRACKETS, lambda inner: st.lists(inner) | st.dictionaries(BRACKETS, inner), max_leaves=10
+)
+
+
+@given(BRACKETED, st.integers(-3, 3))
+def test_brackets_quotes_and_escapes_in_texts_are_not_counted(value: Any, more: int) -> None:
+    for _ in range(MAX_DEPTH + more - _depth(value) - 1):
+        value = {"[": value}
+    payload = json.dumps([value, [[0]] * MAX_DEPTH]).encode()
+    if more <= 0:
+        verify_json(payload)
+    else:
+        with pytest.raises(Malformed, match="deep"):
+            verify_json(payload)
+
+
+def _depth(value: Any) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
+
+
+@pytest.mark.parametrize("depth", [1, MAX_DEPTH, MAX_DEPTH + 1, 500])
 def test_json_that_is_passed_on_is_nested_so_deep_at_most(depth: int) -> None:
     payload = b"[" * (depth - 1) + b"{}" + b"]" * (depth - 1)
     if depth <= MAX_DEPTH:

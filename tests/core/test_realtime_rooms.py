@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import pytest
 
-from tests.conftest import async_wait_until
 from tests.phoenix_presence import JavaScriptPresence, PythonPresence
+from tests.postgres import async_wait_until
 from walstream.config.realtime import RealtimeConfig
 from walstream.realtime.frames import split
 from walstream.realtime.messages import Version

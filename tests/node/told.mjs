@@ -2,20 +2,25 @@
 //
 // In Node (supabase.mjs) and in pages alike; bytes are {"$bytes": "base64"} both ways.
 
-export function makeTold(createClient, emit, transport) {
+export function makeTold({ createClient, postgresChangesFilter }, emit, transport) {
   const clients = new Map()
   const channels = new Map()
   const tokens = new Map()
 
   const actions = {
-    client({ name, url, key, token, realtime = {}, reconnectMs }) {
+    client({ name, url, key, token, realtime = {}, reconnectMs, heartbeatMs }) {
       tokens.set(name, token)
       const options = { realtime: { ...(transport && { transport }), ...realtime } }
       if (reconnectMs !== undefined) options.realtime.reconnectAfterMs = () => reconnectMs
+      if (heartbeatMs !== undefined) options.realtime.heartbeatIntervalMs = heartbeatMs
       if (token !== undefined) options.accessToken = async () => tokens.get(name)
       clients.set(name, createClient(url, key, options))
     },
     // The client asks the application's accessToken again when it likes: that has to know it, too.
+    // The application has another token, which the client has to ask for by itself.
+    token({ client, token }) {
+      tokens.set(client, token)
+    },
     setAuth({ client, token }) {
       tokens.set(client, token)
       return clients.get(client).realtime.setAuth(token)
@@ -25,6 +30,10 @@ export function makeTold(createClient, emit, transport) {
     },
     // With `follow`, what is documented for applications that want to miss nothing: three lines.
     on({ channel, type, filter, label, follow }) {
+      if (filter.filter?.$calls) {
+        const add = (builder, [operator, ...given]) => builder[operator](...given)
+        filter.filter = filter.filter.$calls.reduce(add, postgresChangesFilter())
+      }
       channels.get(channel).on(type, filter, (payload) => {
         if (follow) filter.since = payload.new.$position ?? payload.old.$position
         emit({ kind: type, channel, label, payload: pack(payload) })
@@ -41,8 +50,8 @@ export function makeTold(createClient, emit, transport) {
     httpSend({ channel, event, payload }) {
       return channels.get(channel).httpSend(event, unpack(payload))
     },
-    track({ channel, payload }) {
-      return channels.get(channel).track(payload)
+    track({ channel, payload, opts }) {
+      return channels.get(channel).track(payload, opts)
     },
     untrack({ channel }) {
       return channels.get(channel).untrack()
@@ -56,11 +65,9 @@ export function makeTold(createClient, emit, transport) {
     removeChannel({ client, channel }) {
       return clients.get(client).removeChannel(channels.get(channel))
     },
-    connect({ client }) {
-      clients.get(client).realtime.connect()
-    },
-    disconnect({ client }) {
-      return clients.get(client).realtime.disconnect()
+    onHeartbeat({ client }) {
+      const tell = (payload) => emit({ kind: "heartbeat", channel: client, label: "", payload })
+      clients.get(client).realtime.onHeartbeat(tell)
     },
     async close({ client }) {
       await clients.get(client).removeAllChannels()

@@ -27,7 +27,7 @@ from walstream.access.questions import (
     query_of,
 )
 from walstream.changes import Relation
-from walstream.errors import AccessRefused, Unavailable
+from walstream.errors import AccessRefused, ConnectionLost, ServerShutdown
 from walstream.postgres import connect, impatient, server_error
 
 CATALOG_SECONDS: Final = 10.0
@@ -96,7 +96,8 @@ class Connection:
 
         Raises:
             psycopg.Error: the server refuses to answer, or has not done it in time.
-            Unavailable: the connection was lost.
+            ConnectionLost: that happened.
+            ServerShutdown: the same.
         """
         try:
             with impatient(self._connection, timeout_seconds + GRACE_SECONDS):
@@ -106,7 +107,7 @@ class Connection:
                     await self._end()
         except psycopg.Error as error:
             ours = server_error(error)
-            if isinstance(ours, Unavailable):
+            if isinstance(ours, ConnectionLost | ServerShutdown):
                 raise ours from error
             raise
 
@@ -114,13 +115,28 @@ class Connection:
         self, question: Question, timeout_seconds: float
     ) -> dict[int, Sequence[Printed]] | None:
         connection = self._connection
-        async with connection.pipeline():
+        async with self._at_once():
             await connection.execute(BEGIN)
             prepared = await connection.execute(*preparation_of(question, timeout_seconds))
             answer = await connection.execute(*query_of(question))
             await connection.execute(END)
         ((is_early, *_),) = await prepared.fetchall()
         return None if is_early else _printed(answer)
+
+    @contextlib.asynccontextmanager
+    async def _at_once(self) -> AsyncIterator[None]:
+        """Send what is executed without waiting for answers; raise the first error."""
+        failure: psycopg.Error | None = None
+        try:
+            async with self._connection.pipeline():
+                try:
+                    yield
+                except psycopg.Error as error:  # psycopg would log what follows from it
+                    failure = error
+        except psycopg.Error as error:
+            failure = failure or error
+        if failure is not None:
+            raise failure
 
     async def _end(self) -> None:
         """End a transaction that an error has left."""

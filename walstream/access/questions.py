@@ -189,7 +189,7 @@ def _name(*parts: str) -> sql.SQL:
 
 def _text(text: str) -> sql.SQL:
     """Take over what the catalog says; a % would be taken for a parameter."""
-    return sql.SQL(text.replace("%", "%%"))  # type: ignore[arg-type]  # it is from no stranger
+    return sql.SQL(text.replace("%", "%%"))
 
 
 _QUESTION: Final = sql.SQL(
@@ -205,7 +205,7 @@ _QUESTION: Final = sql.SQL(
 )
 
 LOOKUP: Final = b"""
-    SELECT a.attname, format_type(a.atttypid, NULL), operators.nspname, o.oprname
+    SELECT a.attname, format_type(a.atttypid, a.atttypmod), operators.nspname, o.oprname
       FROM pg_class c
       JOIN pg_namespace n ON n.oid = c.relnamespace
       JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary

@@ -45,6 +45,11 @@ class Sight(msgspec.Struct, frozen=True, cache_hash=True):
     tells_deletes: bool = False
     is_open: bool = False
 
+    @property
+    def narrows(self) -> bool:
+        """Whether it is said which rows are seen."""
+        return self.where is not None or self.persona is not None or self.is_open
+
     def reads(self, column: str) -> bool:
         """Whether a column is passed on as it is: clients may filter by no other."""
         return self.projection is None or self.projection.shows(column)

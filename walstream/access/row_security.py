@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import psycopg
@@ -37,7 +37,8 @@ MAX_ROWS: Final = 500
 """So many are asked about at once."""
 
 SLOW_SECONDS: Final = 0.1
-"""Who was answered so late is asked by a connection that others do not need."""
+SLOW_ROW_SECONDS: Final = 0.001
+"""Who was answered so late, and so much later for each row, gets no connection others need."""
 
 MAX_SLOW: Final = 1000
 
@@ -183,13 +184,7 @@ class RowSecurity:
         question = Question(batch.persona, batch.lookup, columns, asked, batch.xids)
         began = time.monotonic()
         while True:
-            try:
-                rows = await self._rows(batch, question)
-            except Unavailable:
-                if time.monotonic() - began > RETRY_SECONDS:
-                    raise
-                await asyncio.sleep(RETRY_PAUSE_SECONDS)
-                continue
+            rows = await _persistent(lambda: self._rows(batch, question))
             if rows is not None:
                 break
             if time.monotonic() - began > EARLY_SECONDS:
@@ -210,7 +205,8 @@ class RowSecurity:
             try:
                 return await connection.ask(question, self._timeout_seconds)
             finally:
-                if time.monotonic() - began < min(SLOW_SECONDS, self._timeout_seconds):
+                allowed = SLOW_SECONDS + SLOW_ROW_SECONDS * len(question.asked)
+                if time.monotonic() - began < min(allowed, self._timeout_seconds):
                     self._slow.pop(who, None)
                 else:
                     self._slow[who] = None
@@ -219,14 +215,33 @@ class RowSecurity:
 
     async def _lookup(self, layout: Layout, relation: Relation) -> Lookup:
         """Ask how rows of a table are found, once for each shape of it."""
+
+        async def ask() -> Lookup:
+            async with self._connections.borrowed(is_slow=False) as connection:
+                return await connection.lookup(relation)
+
         known = self._lookups.get((layout, relation))
         if known is None:
-            async with self._connections.borrowed(is_slow=False) as connection:
-                known = await connection.lookup(relation)
+            known = await _persistent(ask)
             if len(self._lookups) >= MAX_LOOKUPS:
                 self._lookups.clear()
             self._lookups[layout, relation] = known
         return known
+
+
+_T = TypeVar("_T")
+
+
+async def _persistent(ask: Callable[[], Awaitable[_T]]) -> _T:
+    """Ask again, for some seconds, when the server cannot be reached."""
+    began = time.monotonic()
+    while True:
+        try:
+            return await ask()
+        except Unavailable:
+            if time.monotonic() - began > RETRY_SECONDS:
+                raise
+        await asyncio.sleep(RETRY_PAUSE_SECONDS)
 
 
 class _Batch(msgspec.Struct, frozen=True, eq=False):

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from walstream.access.gate import keys_of
 from walstream.access.jwks import Jwks
 from walstream.catalog import Catalog, Table
+from walstream.check import row_security
 from walstream.check.findings import Finding, Outcome, Status, ok, problem, unreachable, warning
 from walstream.check.place import is_local
 from walstream.check.routes import (
@@ -21,7 +22,7 @@ from walstream.check.routes import (
     told,
 )
 from walstream.check.site import Question, Site, answered
-from walstream.config.access import AccessConfig, TableConfig
+from walstream.config.access import AccessConfig, RoleConfig, TableConfig
 from walstream.filters import columns, literals
 from walstream.placeholders import RowCondition, is_placeholder
 from walstream.preflight import hopeless
@@ -96,6 +97,7 @@ async def _anonymous(site: Site) -> Outcome | None:
 QUESTIONS: Final = (
     Question("access", "tokens", _tokens),
     Question("access", "anonymous", _anonymous),
+    *row_security.QUESTIONS,
 )
 
 # ---- Roles
@@ -107,24 +109,28 @@ async def check_roles(site: Site) -> list[Finding]:
         Finding.of("access", f"{name}: {table.table}", outcome)
         for name, role in site.config.access.roles.items()
         for table in role.tables
-        for outcome in await _check_table(site, table)
+        for outcome in await _check_table(site, table, (name, role))
     ]
 
 
-async def _check_table(site: Site, section: TableConfig) -> list[Outcome]:
+async def _check_table(
+    site: Site, section: TableConfig, role: tuple[str, RoleConfig]
+) -> list[Outcome]:
     if site.lacks("catalog"):
         return []  # which is told, and that routes cannot be looked at
     found: list[Outcome] = []
 
     async def ask() -> Outcome | None:
-        found.extend(await _judged_table(site, section))
+        found.extend(await _judged_table(site, section, role))
         return None
 
     error = await answered(site, ask())
     return found if error is None else [error]
 
 
-async def _judged_table(site: Site, section: TableConfig) -> list[Outcome]:
+async def _judged_table(
+    site: Site, section: TableConfig, role: tuple[str, RoleConfig]
+) -> list[Outcome]:
     """Tell each concern once, with all tables that have it.
 
     Raises:
@@ -153,6 +159,8 @@ async def _judged_table(site: Site, section: TableConfig) -> list[Outcome]:
     for table in tables:
         routes = [route for route in leading if route.wants(table.relation, table.ancestors)]
         for concern in _concerns(table, section, routes, is_keyed=table.relation in keyed):
+            concerned.setdefault(concern, []).append(table)
+        for concern in await row_security.concerns(site.catalog, table, section, role):
             concerned.setdefault(concern, []).append(table)
     return told(concerned, granted) if concerned else [ok(_summed(tables, section))]
 
@@ -229,6 +237,6 @@ def _summed(tables: Sequence[Table], section: TableConfig) -> str:
     what = f"{len(tables)} tables" if len(tables) > 1 else "the table is there"
     condition = section.condition
     if condition is None:
-        return f"{what}, all rows"
+        return f"{what}, {'what row security shows' if section.rls else 'all rows'}"
     claims = listed(map(str, condition.claims))
     return f"{what}, rows by {claims}" if claims else f"{what}, some rows"

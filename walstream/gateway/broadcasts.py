@@ -8,7 +8,7 @@ Realtime expect. Of a list either all messages are said or none.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Final
 from urllib.parse import unquote
 
@@ -100,7 +100,8 @@ class _Desk:
     async def say_all(self, request: Request) -> Response:
         reader = await self._reader(request)
         body = await _body(request, self._config.max_frame_bytes)
-        return self._say(request, reader, _sayings(body))
+        places = {f"messages[{n}].": saying for n, saying in enumerate(_sayings(body))}
+        return self._say(request, reader, places)
 
     async def say_one(self, request: Request) -> Response:
         reader = await self._reader(request)
@@ -111,7 +112,7 @@ class _Desk:
         is_json = request.headers.get("content-type", "").partition(";")[0].strip() != _BINARY
         is_private = request.query_params.get("private", "").lower() == "true"
         saying = _Saying(topic, event, msgspec.Raw(body), is_private)
-        return self._say(request, reader, [saying], is_json=is_json)
+        return self._say(request, reader, {"": saying}, is_json=is_json)
 
     async def _reader(self, request: Request) -> Reader:
         return await self._services.gate.admit(_token_of(request))
@@ -120,14 +121,15 @@ class _Desk:
         self,
         request: Request,
         reader: Reader,
-        sayings: Sequence[_Saying],
+        sayings: Mapping[str, _Saying],
         *,
         is_json: bool = True,
     ) -> Response:
-        for place, saying in enumerate(sayings):
-            self._verify(f"messages[{place}]", saying, reader, is_json=is_json)
+        """Say all of them, by their places in what was sent, unless there is a mistake in one."""
+        for place, saying in sayings.items():
+            self._verify(place, saying, reader, is_json=is_json)
         self._count(request, reader, len(sayings))
-        for saying in sayings:
+        for saying in sayings.values():
             self._services.rooms.broadcast(
                 (f"realtime:{saying.topic}", bool(saying.private)),
                 saying.event,
@@ -138,24 +140,24 @@ class _Desk:
 
     def _verify(self, place: str, saying: _Saying, reader: Reader, *, is_json: bool) -> None:
         for key, name in (("topic", saying.topic), ("event", saying.event)):
-            _verify_name(f"{place}.{key}", name, is_json=is_json)
+            _verify_name(f"{place}{key}", name, is_json=is_json)
         most = self._config.max_broadcast_bytes
         if len(saying.content) > most:
-            raise _too_large(f"{place}.payload", most)
+            raise _too_large(f"{place}payload", most)
         self._verify_right(place, saying, reader)
         if is_json:
             try:
                 verify_json(saying.content)
             except Malformed as error:
-                raise RequestRefused(_BAD_REQUEST, f"{place}.payload: found {error}") from None
+                raise RequestRefused(_BAD_REQUEST, f"{place}payload: found {error}") from None
 
     def _verify_right(self, place: str, saying: _Saying, reader: Reader) -> None:
         if not saying.private:
             if not self._config.public_channels:
-                reason = f"{place}: there are only private channels here"
+                reason = f"{place}private: there are only private channels here"
                 raise RequestRefused(_FORBIDDEN, reason, hint="send it with private: true")
         elif not self._services.topics.may_write(reader, saying.topic):
-            reason = f"{place}: the role {reader.role!r} may not write to this private channel"
+            reason = f"{place}topic: the role {reader.role!r} may not write there"
             raise RequestRefused(_FORBIDDEN, reason, hint="[[realtime.private]] says who may")
 
     def _count(self, request: Request, reader: Reader, count: int) -> None:

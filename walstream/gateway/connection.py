@@ -195,6 +195,8 @@ class Connection(HttpToolsProtocol):
         }
         self._is_deaf = True
         self._forget()
+        # As uvicorn does at the end: it refers to this object.
+        self.parser = None  # type: ignore[assignment]
         upgraded = SocketConnection(self._shared, self.transport, acceptance)
         upgraded.begin(scope, early, is_paused=self.flow.write_paused)
 

@@ -48,6 +48,7 @@ class Inbox:
         self._idle_frames = 0
         self._second = 0.0
         self._is_called = False
+        self._has_stopped = False
         self._has_all = False
         self._is_discarding = False
         self._is_over = False
@@ -64,7 +65,9 @@ class Inbox:
         return len(self._messages) >= MAX_WAITING or self._bytes > HIGH_BYTES
 
     def feed(self, data: bytes) -> None:
-        """Take what came."""
+        """Take what came; behind the last word nothing is of interest."""
+        if self._is_over:
+            return
         self._incoming.feed(data)
         if not self._is_called:
             self._decode()
@@ -78,7 +81,7 @@ class Inbox:
             await self._arrived
         message = self._messages.popleft()
         self._bytes -= len(message)
-        if not self._messages:
+        if self._has_stopped and not self._messages:
             self._call()
         return message
 
@@ -108,7 +111,8 @@ class Inbox:
         except Violation as violation:
             self._finish()
             self._tell(violation)
-        if self._is_called or self._is_full:
+        self._has_stopped = self._is_full
+        if self._is_called or self._has_stopped:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()

@@ -29,6 +29,7 @@ CONTROL_BYTES: Final = 125
 
 _LENGTH_OF_TWO_BYTES: Final = 126
 _HEAD_BYTES: Final = 2
+_MASK_BYTES: Final = 4
 _CODE_BYTES: Final = 2
 
 _FIN: Final = 0x80
@@ -130,17 +131,19 @@ class Incoming:
             return None
         first, length = buffer[0], buffer[1] & _LENGTH
         self._check(first, buffer[1])
-        begin = 6
+        mask = _HEAD_BYTES
         if length > CONTROL_BYTES:
-            begin = 8 if length == _LENGTH_OF_TWO_BYTES else 14
-            if len(buffer) < begin:
+            mask += 2 if length == _LENGTH_OF_TWO_BYTES else 8
+            if len(buffer) < mask:
                 return None
-            length = int.from_bytes(buffer[2 : begin - 4])
+            length = int.from_bytes(buffer[_HEAD_BYTES:mask])
         self._check_length(length)
-        if len(buffer) < begin + length:
+        begin = mask + _MASK_BYTES
+        end = begin + length
+        if len(buffer) < end:
             return None
-        payload = _unmask(buffer[begin : begin + length], buffer[begin - 4 : begin])
-        del buffer[: begin + length]
+        payload = _unmask(buffer[begin:end], buffer[mask:begin])
+        del buffer[:end]
         return first, payload
 
     def _check(self, first: int, second: int) -> None:

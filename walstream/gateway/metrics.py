@@ -33,12 +33,18 @@ from walstream.vitals import (
     LiveVitals,
     Phase,
     RealtimeVitals,
+    RowSecurityVitals,
     SlotVitals,
     Vitals,
 )
 
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+_VERSION: Final = metadata.version("walstream")
+"""Looked up once: each time it costs the event loop milliseconds and, in a working folder in which
+files come and go, memory for what was found there (importlib.metadata keeps 128 of its findings).
+"""
 
 WAL_STATUSES: Final = ("reserved", "extended", "unreserved", "lost")
 """What pg_replication_slots.wal_status may say, from well to lost."""
@@ -111,7 +117,7 @@ class VitalsCollector(Collector):
 
 def _state(vitals: Vitals) -> Iterator[Metric]:
     build = InfoMetricFamily("walstream_build", "The version that runs", labels=["slot"])
-    build.add_metric([vitals.slot_name], {"version": metadata.version("walstream")})
+    build.add_metric([vitals.slot_name], {"version": _VERSION})
     yield build
     yield _gauges(
         vitals,
@@ -375,6 +381,18 @@ def _live(live: LiveVitals, vitals: Vitals) -> Iterator[Metric]:
         ["reason"],
         [((reason,), count) for reason, count in live.ended.items()],
     )
+    yield from _row_security(live.row_security or RowSecurityVitals(), vitals)
+
+
+def _row_security(asked: RowSecurityVitals, vitals: Vitals) -> Iterator[Metric]:
+    counters: list[tuple[str, str, int]] = [
+        ("questions", "Questions to the server about row security", asked.questions),
+        ("asked_rows", "Rows that were asked about, for each reader", asked.asked),
+        ("hidden_rows", "Rows of these that were not shown", asked.hidden),
+        ("failures", "Questions that the server did not answer", asked.failed),
+    ]
+    for name, documentation, value in counters:
+        yield _counter(vitals, f"walstream_row_security_{name}", documentation, value)
 
 
 def _realtime(realtime: RealtimeVitals, vitals: Vitals) -> Iterator[Metric]:

@@ -2,14 +2,15 @@
 
 It is uvicorn's HTTP protocol on sockets of ours, without uvicorn's server: that one would take the
 process's signals, and log by itself. Requests are begun a few at a time and streams are written to
-in slices (`streams.Rounds`), so that the replication stream is read between, however many clients
+in slices (`rounds.Rounds`), so that the replication stream is read between, however many clients
 come at once.
 
 What a client can hold is bounded: how many connections there are, how long a request may take from
 its first byte to the end of its answer, how large its head and its body are, and what waits for it
 in the transport. The answer that is a stream has no end; it is cut when nothing of it is fetched
-for `STALL_SECONDS`. Streams cannot take the place of health and metrics: `RESERVED` connections are
-for those, and when all are taken the one that has asked for nothing for the longest time is cut.
+for `STALL_SECONDS`. So is a WebSocket, of which `socket_connection` tells. Streams cannot take the
+place of health and metrics: `RESERVED` connections are for those, and when all are taken the one
+that has asked for nothing for the longest time is cut.
 
 `Server.close` takes at most `CLOSE_SECONDS` twice, whatever clients do.
 """

@@ -8,8 +8,7 @@ a message does not come to its end, or when nothing is fetched (`Stall`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
 from functools import partial
 from http import HTTPStatus
 from typing import Final, TypeAlias, cast
@@ -30,7 +29,7 @@ from walstream.gateway.incoming import (
 )
 from walstream.gateway.rounds import DirectStream, Rounds
 from walstream.gateway.shared import Shared
-from walstream.gateway.sockets import DENIAL, EXTENSION, Socket
+from walstream.gateway.sockets import DENIAL, EXTENSION, LINGER_SECONDS, Socket
 from walstream.gateway.stalls import Stall
 from walstream.gateway.streams import Ended
 from walstream.gateway.told import ANSWER_FULL, answer, refusal, tell_failed
@@ -42,10 +41,6 @@ REQUEST_SECONDS: Final = 10.0
 
 PING_SECONDS: Final = 30.0
 """After so long without a word a client is asked; after twice that it has gone."""
-
-LINGER_SECONDS: Final = 2.0
-"""So long a client may take to fetch what waits, and then to say goodbye."""
-
 
 _Part: TypeAlias = Callable[[int, str], None]
 
@@ -69,9 +64,7 @@ class DirectSocket(DirectStream, Socket):
 
     async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """Send what waits, for `LINGER_SECONDS` at most, and say goodbye."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                await self.finish()
+        await self.finish_soon()
         self._part(code, reason)
 
     def answer_ping(self, payload: bytes) -> None:
@@ -174,9 +167,11 @@ class SocketConnection(asyncio.Protocol):
         self._timer.cancel()
         self._stall.end()
         self._shared.connections.discard(self)
-        if self._socket is not None:
-            self._socket.inbox.end()
-            self._socket.end(Ended.GONE)
+        # The application may hold the socket for longer: no cycle is left for the collector.
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            socket.inbox.end()
+            socket.end(Ended.GONE)
         self.lost.set_result(None)
 
     def shutdown(self) -> None:
@@ -192,7 +187,8 @@ class SocketConnection(asyncio.Protocol):
     def _start(self, app: ASGIApp, scope: Scope) -> None:
         if self.transport.is_closing():
             return
-        task = self._shared.loop.create_task(_run(app(scope, self._receive, self._send)))
+        answering = cast("Coroutine[None, None, None]", app(scope, self._receive, self._send))
+        task = self._shared.loop.create_task(answering)
         self._shared.state.tasks.add(task)
         task.add_done_callback(self._done)
 
@@ -208,7 +204,7 @@ class SocketConnection(asyncio.Protocol):
             self._denial = message
         elif message["type"] == f"{DENIAL}.body" and self._denial is not None:
             head = self._denial
-            self._deny(answer(head["status"], head["headers"], message["body"]))
+            self._deny(answer(head["status"], head["headers"], message.get("body", b"")))
         elif message["type"] == "websocket.close":
             self._refuse(HTTPStatus.FORBIDDEN, "the connection is not accepted")
         else:
@@ -259,7 +255,8 @@ class SocketConnection(asyncio.Protocol):
     # Frames
 
     def _take_notice(self, arrival: Ping | Closing | Violation) -> None:
-        assert self._socket is not None  # noqa: S101 - its inbox tells this
+        if self._socket is None:  # it has gone meanwhile
+            return
         if isinstance(arrival, Ping):
             self._socket.answer_ping(arrival.payload)
         elif isinstance(arrival, Closing):
@@ -289,12 +286,13 @@ class SocketConnection(asyncio.Protocol):
 
     def _tick(self) -> None:
         """Look whether the client is there, and says to the end what it begins."""
-        assert self._socket is not None  # noqa: S101 - the clock runs for it
+        if self._socket is None:
+            return
         unfinished, before = self._socket.inbox.unfinished, self._unfinished
         if unfinished is not None and unfinished == before:
             self._cut("a message took too long")
             return
-        if self._is_heard or not self.transport.is_reading():
+        if self._is_heard or self._is_paused or not self.transport.is_reading():
             self._is_pinged = False
         elif self._is_pinged:
             self._cut("the client is not heard of any more")
@@ -315,7 +313,3 @@ class SocketConnection(asyncio.Protocol):
 
     def _is_ending(self) -> bool:
         return self._is_answered and (self._socket is None or self._socket.is_over)
-
-
-async def _run(answering: Awaitable[None]) -> None:
-    await answering

@@ -23,7 +23,7 @@ import asyncio
 import json
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, TypeAlias
 
 from starlette.types import Message, Receive, Scope, Send
@@ -37,6 +37,9 @@ EXTENSION: Final = "walstream.socket"
 
 MAX_MESSAGE_BYTES: Final = 5_000_000
 
+LINGER_SECONDS: Final = 2.0
+"""So long a client may take to fetch what waits, and then to say goodbye."""
+
 DENIAL: Final = "websocket.http.response"
 
 
@@ -49,7 +52,13 @@ class Socket(Stream):
 
     @abstractmethod
     async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
-        """Send what waits, say why the connection ends, and end it; not longer than a moment."""
+        """Send what waits, for `LINGER_SECONDS` at most, and say why the connection ends."""
+
+    async def finish_soon(self) -> None:
+        """Wait until what was written is on its way, for `LINGER_SECONDS` at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                await self.finish()
 
 
 OpenSocket: TypeAlias = Callable[[int], Socket]
@@ -141,10 +150,8 @@ class ThroughSocket(ThroughStream, Socket):
         return said
 
     async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
-        """Send what waits, and say goodbye."""
-        if self._ended is not None:
-            return
-        await self.finish()
+        """Send what waits, for `LINGER_SECONDS` at most, and say goodbye."""
+        await self.finish_soon()
         if self._ended is None:
             self.end(Ended.GONE)
             await self._send({"type": "websocket.close", "code": code, "reason": reason})

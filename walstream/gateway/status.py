@@ -29,6 +29,9 @@ from walstream.vitals import (
     Vitals,
 )
 
+_VERSION: Final = metadata.version("walstream")
+"""Looked up once: see `walstream.gateway.metrics`."""
+
 _COUNTERS: Final = (
     *("transactions", "messages", "sessions", "reconnects"),
     *("reloads", "reloads_refused"),
@@ -61,7 +64,7 @@ def described(vitals: Vitals) -> dict[str, Any]:
     """Return what is told, made of what JSON has; positions are text, as Postgres prints them."""
     return {
         "at": time.time(),
-        "version": metadata.version("walstream"),
+        "version": _VERSION,
         "slot_name": vitals.slot_name,
         "phase": vitals.phase,
         "phase_seconds": vitals.phase_seconds,

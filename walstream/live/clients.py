@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from walstream.access.readers import Reader
 from walstream.changes import Layout
 from walstream.live.encodings import Encoding
 from walstream.live.subscriptions import Subscription
 from walstream.live.views import View
+from walstream.positions import BEGINNING, Position
 
 
 class End(StrEnum):
@@ -69,6 +70,13 @@ class Outflow(Protocol):
         """Wait until the client has fetched nearly all."""
 
 
+class Joined(NamedTuple):
+    """When a client joined: at which position, and what its cohort's sieve had held by then."""
+
+    position: Position = BEGINNING
+    held: int = 0
+
+
 class Client:
     """One client, and how much may wait for it.
 
@@ -76,7 +84,16 @@ class Client:
     it has got, and reads what it missed from the history.
     """
 
-    __slots__ = ("_ended", "_last_bytes", "_max_bytes", "cohort", "end", "has_missed", "outflow")
+    __slots__ = (
+        "_ended",
+        "_last_bytes",
+        "_max_bytes",
+        "cohort",
+        "end",
+        "has_missed",
+        "joined",
+        "outflow",
+    )
 
     def __init__(self, cohort: Cohort, outflow: Outflow, max_queue_bytes: int) -> None:
         self.cohort = cohort
@@ -84,6 +101,7 @@ class Client:
         self.end: End | None = None
         self.has_missed = False
         """Whether something was not sent, since it came after the end."""
+        self.joined = Joined()
         self._max_bytes = max_queue_bytes
         self._last_bytes = 0
         self._ended: asyncio.Future[None] | None = None

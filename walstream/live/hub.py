@@ -23,12 +23,13 @@ from walstream.access.readers import Reader
 from walstream.catalog import Catalog
 from walstream.changes import Change, Layout
 from walstream.errors import FilterError, SinkFailed, Unavailable
-from walstream.live.clients import Client, Cohort, End
+from walstream.live.clients import Client, Cohort, End, Joined
 from walstream.live.encodings import Encoding, Sighting
 from walstream.live.history import History
 from walstream.live.index import Group, LayoutIndex
 from walstream.live.literals import Literals
 from walstream.live.requests import Requests
+from walstream.live.sieves import Backlog, Doubt, Held, Judge, RowSecurity, Sieve
 from walstream.live.subscriptions import Subscription, named_columns
 from walstream.live.turns import SLICE_SECONDS, Turn, Turns
 from walstream.live.views import Look, View, literals_of
@@ -47,6 +48,7 @@ _Index: TypeAlias = LayoutIndex[Cohort]
 _Shown: TypeAlias = dict[Hashable, bytes]
 _Frames: TypeAlias = dict[Cohort, list[bytes]]
 _Seen: TypeAlias = dict[Cohort, tuple[Sighting, ...]]
+_Doubted: TypeAlias = dict[Cohort, list[Doubt]]
 
 Prepared: TypeAlias = dict[Layout, list[View]]
 """A cohort's views, for each layout in the order of its subscriptions."""
@@ -55,8 +57,12 @@ Prepared: TypeAlias = dict[Layout, list[View]]
 class Hub:
     """Who is there, and what they see."""
 
-    def __init__(self, catalog: Catalog, history: History) -> None:
+    def __init__(
+        self, catalog: Catalog, history: History, row_security: RowSecurity | None = None
+    ) -> None:
+        """Begin with nobody; without `row_security` nothing is seen that it would decide about."""
         self.history = history
+        self.row_security = row_security
         self.position = BEGINNING
         self.beginnings = 0
         """How often what is kept began anew."""
@@ -73,6 +79,10 @@ class Hub:
         self._literals = Literals(catalog)
         self.requests = Requests(catalog, self._literals)
         """What may be asked for."""
+        self.judge = Judge(row_security, self.requests.masked)
+        """What of it is seen that the server decides about."""
+        self._backlog = Backlog()
+        self._sieves: dict[Cohort, Sieve] = {}
 
     # Who is there
 
@@ -96,8 +106,9 @@ class Hub:
             clients=self.client_count,
             cohorts=len(self._cohorts),
             published_changes=self.published_changes,
-            sent_changes=self.sent_changes,
+            sent_changes=self.sent_changes + self._backlog.sent_changes,
             ended={str(end): count for end, count in self.ended.items()},
+            row_security=None if self.row_security is None else self.row_security.vitals(),
         )
 
     def cohort(
@@ -132,11 +143,21 @@ class Hub:
                 return False
             cohort = client.cohort
             self._cohorts[cohort.key] = cohort
+            if any(grant.sight.persona is not None for grant in cohort.reader.grants):
+                self._sieves[cohort] = Sieve(cohort, self.judge, self._backlog)
             for layout, index in self._indexes.items():
                 _enter(cohort, index, prepared[layout])
         client.cohort = cohort
+        sieve = self._sieves.get(cohort)
+        client.joined = Joined(self.position, 0 if sieve is None else sieve.added)
         cohort.clients[client] = None
         return True
+
+    def reached(self, client: Client) -> Position:
+        """Return up to where a client that has joined has got all that it sees."""
+        sieve = self._sieves.get(client.cohort)
+        reached = None if sieve is None else sieve.reached(client)
+        return self.position if reached is None else reached
 
     def leave(self, client: Client) -> None:
         """Let a client go; it need not have joined."""
@@ -149,6 +170,8 @@ class Hub:
         del cohort.clients[client]
         if not cohort.clients:
             del self._cohorts[cohort.key]
+            if cohort in self._sieves:
+                self._sieves.pop(cohort).close()
             for layout, views in cohort.entered.items():
                 self._withdraw(cohort, layout, views)
             cohort.entered.clear()
@@ -262,7 +285,11 @@ class Hub:
     def _publish_one(self, change: Change, frames: _Frames, *, strict: bool) -> int:
         """Return the bytes of the longest form of the change that somebody gets."""
         longest = 0
-        for cohort, sightings in self._seen_by(change, strict=strict).items():
+        doubted: _Doubted = {}
+        seen = self._seen_by(change, doubted, strict=strict)
+        if self._sieves:
+            self._hold(change, seen, doubted)
+        for cohort, sightings in seen.items():
             frame = cohort.encoding.address(sightings)
             longest = max(longest, len(frame))
             pieces = frames.get(cohort)
@@ -274,8 +301,8 @@ class Hub:
         self.published_changes += 1
         return longest
 
-    def _seen_by(self, change: Change, *, strict: bool) -> _Seen:
-        """Return who sees a change, and how."""
+    def _seen_by(self, change: Change, doubted: _Doubted, *, strict: bool) -> _Seen:
+        """Return who sees a change, and how; note who may, if row security shows it to them."""
         index = self._indexes.get(change.layout)
         seen: _Seen = {}
         if index is None:
@@ -286,6 +313,10 @@ class Hub:
             if look is None:
                 continue
             body = _body(group, change, look, shown)
+            if group.view.is_secured and look is not Look.BY_KEY:
+                for cohort, rank in group.members.items():
+                    doubted.setdefault(cohort, []).append((group.view.sight, (rank, body)))
+                continue
             for cohort, rank in group.members.items():
                 if cohort in seen:
                     seen[cohort] = (*seen[cohort], (rank, body))
@@ -293,10 +324,19 @@ class Hub:
                     seen[cohort] = ((rank, body),)
         return seen
 
+    def _hold(self, change: Change, seen: _Seen, doubted: _Doubted) -> None:
+        """Hold for cohorts with a sieve what they see, and what they may see."""
+        for cohort in [one for one in {**seen, **doubted} if one in self._sieves]:
+            held = Held(change, seen.pop(cohort, ()), doubted.get(cohort, ()))
+            self._sieves[cohort].add(held, self.position)
+
     def _tell_reset(self) -> None:
         for cohort in self._cohorts.values():
             note = self.reset_note(cohort.encoding, "interrupted")
+            if cohort in self._sieves:
+                self._sieves[cohort].clear()
             for client in cohort.clients:
+                client.joined = client.joined._replace(position=self.position)
                 client.push(note)
 
     def reset_note(self, encoding: Encoding, reason: str) -> bytes:

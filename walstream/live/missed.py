@@ -5,16 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Hashable, Sequence
 from datetime import datetime
+from typing import Final
 
 from walstream.changes import Change
 from walstream.journal import JournalTrimmed
 from walstream.live.clients import Client
 from walstream.live.encodings import Sighting
 from walstream.live.hub import SLICE_BYTES, Hub, Prepared, look_at
+from walstream.live.sieves import Doubt, Held
 from walstream.live.subscriptions import RequestRefused
 from walstream.live.turns import SLICE_SECONDS
+from walstream.live.views import Look
 from walstream.positions import Position
 from walstream.values import UnknownLabel
+
+HELD_BYTES: Final = 1 << 10
+"""What something counts for that the server decides about, before it is known how long it is."""
 
 
 class Missed:
@@ -64,8 +70,9 @@ class Missed:
                 # All who replay together take no more of the event loop than one.
                 await hub.turns.begin()
                 began = time.perf_counter()
-                done, is_known, frames = self._seen(changes, done, views)
+                done, is_known, seen = self._seen(changes, done, views)
                 hub.turns.end(began)
+                frames = await self._sifted(seen)
                 if done:
                     self.position = Position.of(changes[done - 1])
                 if frames:
@@ -85,13 +92,13 @@ class Missed:
 
     def _seen(
         self, changes: Sequence[Change], begin: int, views: Prepared
-    ) -> tuple[int, bool, list[bytes]]:
+    ) -> tuple[int, bool, list[bytes | Held]]:
         """Go on for a few milliseconds, or until there is a piece.
 
         Returns how far it came, whether labels are known, and what the client sees.
         """
         deadline = time.perf_counter() + SLICE_SECONDS
-        frames: list[bytes] = []
+        frames: list[bytes | Held] = []
         done, size = begin, 0
         try:
             while done < len(changes) and size < SLICE_BYTES:
@@ -99,17 +106,27 @@ class Missed:
                 done += 1
                 if frame is not None:
                     frames.append(frame)
-                    size += len(frame)
+                    size += len(frame) if isinstance(frame, bytes) else HELD_BYTES
                 if time.perf_counter() > deadline:
                     break
         except UnknownLabel:
             return done, False, frames
         return done, True, frames
 
-    def _frame(self, change: Change, views: Prepared) -> bytes | None:
+    async def _sifted(self, seen: Sequence[bytes | Held]) -> list[bytes]:
+        """Return what is sent of what is seen: of some of it the server decides."""
+        held = [one for one in seen if isinstance(one, Held)]
+        if not held:
+            return [one for one in seen if isinstance(one, bytes)]
+        frames = iter(await self._hub.judge.frames(held, self._client.cohort.encoding))
+        sent = [next(frames) if isinstance(one, Held) else one for one in seen]
+        return [frame for frame in sent if frame is not None]
+
+    def _frame(self, change: Change, views: Prepared) -> bytes | Held | None:
         encoding = self._client.cohort.encoding
         bodies: dict[Hashable, bytes] = {}
         sightings: list[Sighting] = []
+        doubts: list[Doubt] = []
         for view in views[change.layout]:
             look = look_at(view, change, strict=not self._has_renewed)
             if look is None:
@@ -117,7 +134,13 @@ class Missed:
             key = (view.shape, look)
             if key not in bodies:
                 bodies[key] = encoding.form.write(view, change, look)
-            sightings.append((view.rank, bodies[key]))
+            sighting = (view.rank, bodies[key])
+            if view.is_secured and look is not Look.BY_KEY:
+                doubts.append((view.sight, sighting))
+            else:
+                sightings.append(sighting)
+        if doubts:
+            return Held(change, sightings, doubts)
         return encoding.address(sightings) if sightings else None
 
 

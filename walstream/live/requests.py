@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 import msgspec
+import structlog
 
 from walstream.access.readers import Reader, Sight
 from walstream.catalog import Catalog, Table
@@ -21,6 +22,8 @@ from walstream.live.subscriptions import RequestRefused, Subscription, named_col
 from walstream.live.views import literals_of
 from walstream.offline import read_offline
 from walstream.router import Route, TablePattern
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.live")
 
 MAX_ASKED: Final = 100
 """Values of one filter that the server is asked about: the stream asks by the same connection."""
@@ -47,6 +50,16 @@ class Requests:
         self._catalog = catalog
         self._literals = literals
         self._tables: dict[Relation, tuple[float, Table | None]] = {}
+        self._open: set[tuple[Relation, str]] = set()
+
+    def masked(self, layout: Layout) -> frozenset[str]:
+        """Return the columns that routes pass on in another form than they have in the table."""
+        return frozenset(
+            name
+            for one in self.routes
+            if one.projection is not None and one.wants(layout.relation, layout.ancestors)
+            for name in one.projection.masks
+        )
 
     async def check(self, subscriptions: Sequence[Subscription], reader: Reader) -> None:
         """Refuse what the reader may not ask for, or what cannot be read.
@@ -75,7 +88,7 @@ class Requests:
         for one in named:
             table = await self._table(one)
             layout = _layout_of(one, table, self._catalog)
-            sight = reader.sight(layout)
+            sight = self._sight(reader, layout, table)
             if table is None or sight is None or not self._comes(layout):
                 continue
             await self._catalog.learn_types(layout.columns.values())
@@ -109,7 +122,7 @@ class Requests:
             return
         table = await self._table(relation)
         layout = _layout_of(relation, table, self._catalog)
-        sight = reader.sight(layout)
+        sight = self._sight(reader, layout, table)
         if sight is None:
             raise RequestRefused(403, f"{relation} may not be read")
         if table is None:
@@ -144,10 +157,27 @@ class Requests:
     async def _check_pattern(self, subscription: Subscription, reader: Reader) -> None:
         pattern = subscription.pattern
         for relation in await self._catalog.tables(pattern.schema, pattern.name):
-            layout = _layout_of(relation, await self._table(relation), self._catalog)
-            if reader.sight(layout) is not None:
+            table = await self._table(relation)
+            layout = _layout_of(relation, table, self._catalog)
+            if self._sight(reader, layout, table) is not None:
                 return
         raise RequestRefused(403, f"{pattern} may not be read")
+
+    def _sight(self, reader: Reader, layout: Layout, table: Table | None) -> Sight | None:
+        """Return what is seen of a table, and tell once that its row security does not count."""
+        sight = reader.sight(layout)
+        if sight is None or table is None or not table.has_row_security or sight.narrows:
+            return sight
+        known = (layout.relation, reader.role)
+        if known not in self._open and len(self._open) < MAX_TABLES:
+            self._open.add(known)
+            log.warning(
+                "row_security_ignored",
+                relation=str(layout.relation),
+                role=reader.role,
+                hint='the role reads all rows: set rls = true, a where, or rows = "all"',
+            )
+        return sight
 
     def _check_columns(self, subscription: Subscription, sight: Sight, layout: Layout) -> None:
         table = VisibleTable(layout, sight)

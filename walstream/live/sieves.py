@@ -20,7 +20,7 @@ from walstream.access.readers import Sight
 from walstream.changes import Change, Layout
 from walstream.live.clients import Client, Cohort, End
 from walstream.live.encodings import Encoding, Sighting
-from walstream.positions import Position
+from walstream.positions import BEGINNING, Position
 from walstream.vitals import RowSecurityVitals
 
 MAX_WAITING: Final = 10_000
@@ -65,16 +65,11 @@ class Masks(Protocol):
 
 
 class Held(msgspec.Struct, frozen=True, eq=False):
-    """What a cohort sees of a change, and what it sees only if it is shown.
+    """What a cohort sees of a change, and what it sees only if it is shown."""
 
-    A note has no change: it goes out as it is when its turn comes.
-    """
-
-    position: Position
-    change: Change | None
+    change: Change
     sightings: Sequence[Sighting]
-    doubts: Sequence[Doubt] = ()
-    note: bytes = b""
+    doubts: Sequence[Doubt]
 
 
 class Judge:
@@ -95,8 +90,7 @@ class Judge:
         asked: dict[tuple[Sight, Layout], dict[Change, None]] = {}
         for one in held:
             for sight, _ in one.doubts:
-                if one.change is not None:
-                    asked.setdefault((sight, one.change.layout), {})[one.change] = None
+                asked.setdefault((sight, one.change.layout), {})[one.change] = None
         if not asked or self._row_security is None:  # nobody says so: it is not shown
             return frozenset()
         answers = await asyncio.gather(
@@ -117,8 +111,6 @@ _Shown: TypeAlias = frozenset[tuple[Sight, Change]]
 
 
 def _frame(held: Held, encoding: Encoding, shown: _Shown) -> bytes | None:
-    if held.change is None:
-        return held.note
     sightings = list(held.sightings)
     sightings += [sighting for sight, sighting in held.doubts if (sight, held.change) in shown]
     return encoding.address(sightings) if sightings else None
@@ -138,12 +130,13 @@ class Sieve:
     """Holds what a cohort sees until it is known that it may."""
 
     def __init__(self, cohort: Cohort, judge: Judge, backlog: Backlog) -> None:
-        self.position: Position | None = None
-        """Up to where all has been sent, while something waits."""
+        self.added = 0
+        """How much has been held so far."""
         self._cohort = cohort
         self._judge = judge
         self._backlog = backlog
         self._waiting: deque[Held] = deque()
+        self._position = BEGINNING
         self._task: asyncio.Task[None] | None = None
 
     def add(self, held: Held, behind: Position) -> None:
@@ -152,15 +145,29 @@ class Sieve:
         if len(self._waiting) >= MAX_WAITING or backlog.waiting >= MAX_WAITING_TOGETHER:
             self._give_up()
             return
+        if not self._waiting:
+            self._position = behind
         self._waiting.append(held)
+        self.added += 1
         backlog.waiting += 1
         if self._task is None:
-            self.position = behind
             self._task = asyncio.create_task(self._run(), name="sieve")
 
+    def reached(self, client: Client) -> Position | None:
+        """Return up to where a client has got all; None when nothing waits."""
+        if not self._waiting:
+            return None
+        done = self.added - len(self._waiting)
+        return self._position if done > client.joined.held else client.joined.position
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._backlog.waiting -= len(self._waiting)
+        self._waiting.clear()
+
     def close(self) -> None:
-        """Let go of all that waits: nobody is there any more."""
-        self._forget()
+        """Stop: nobody is there any more."""
+        self.clear()
         if self._task is not None:
             self._task.cancel()
 
@@ -169,45 +176,33 @@ class Sieve:
         for client in self._cohort.clients:
             client.has_missed = True
             client.finish(End.SLOW)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._backlog.waiting -= len(self._waiting)
-        self._waiting.clear()
+        self.clear()
 
     async def _run(self) -> None:
         try:
             while self._waiting:
                 batch = list(islice(self._waiting, BATCH))
                 frames = await self._judge.frames(batch, self._cohort.encoding)
-                await self._send(batch, frames)
+                if self._waiting and self._waiting[0] is batch[0]:  # it was not forgotten
+                    await self._send(batch, frames)
         finally:
-            self.position = self._task = None
+            self._task = None
 
     async def _send(self, batch: Sequence[Held], frames: Sequence[bytes | None]) -> None:
-        """Send what is seen, unless it was let go of meanwhile."""
-        if not self._waiting or self._waiting[0] is not batch[0]:
-            return
+        first = self.added - len(self._waiting)
         clients = list(self._cohort.clients)
         for client in clients:
-            self._push(client, batch, frames)
+            self._push(client, frames[max(0, client.joined.held - first) :])
         for _ in batch:
             self._waiting.popleft()
         self._backlog.waiting -= len(batch)
-        self.position = batch[-1].position
+        self._position = Position.of(batch[-1].change)
         for client in clients:  # nobody is cut off because we ask faster than we send
             while client.outflow.is_behind and not client.has_ended():
                 await client.outflow.moved()
 
-    def _push(
-        self, client: Client, batch: Sequence[Held], frames: Sequence[bytes | None]
-    ) -> None:
-        """Send what stands behind the position at which the client has joined."""
-        pieces = [
-            frame
-            for held, frame in zip(batch, frames, strict=True)
-            if frame is not None and held.position > client.joined_at
-        ]
+    def _push(self, client: Client, frames: Sequence[bytes | None]) -> None:
+        pieces = [frame for frame in frames if frame is not None]
         if pieces:
             self._backlog.sent_changes += len(pieces)
             client.push(b"".join(pieces))

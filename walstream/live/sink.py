@@ -33,9 +33,12 @@ class LiveSink:
         Only when the stream begins it is known what it goes on from.
 
         Raises:
-            SetupError: the file cannot be had.
+            SetupError: the file cannot be had, or row security cannot be asked by the role that is
+                to ask.
             Unavailable: it cannot be had now: its disk is full, for example.
         """
+        if self.hub.row_security is not None:
+            await self.hub.row_security.prepare()
         try:
             await self.hub.history.prepare()
         except SinkFailed as failure:
@@ -72,6 +75,8 @@ class LiveSink:
         """Let all clients go: they come back with the last id that they have got."""
         self.hub.finish(End.CLOSING)
         self.hub.has_begun = False
+        if self.hub.row_security is not None:
+            await self.hub.row_security.close()
         await self.hub.history.close()
 
 

@@ -72,7 +72,7 @@ async def serve(
         if client.end is not End.LEFT:
             # Who has got all up to here goes on from here.
             is_complete = client in client.cohort.clients and not client.has_missed
-            position = hub.position if is_complete else None
+            position = hub.reached(client) if is_complete else None
             outflow.write(encoding.note("end", {"reason": client.end}, position))
         return reached
     finally:
@@ -110,7 +110,8 @@ async def _live(hub: Hub, client: Client, heartbeat_seconds: float) -> None:
         if client.has_ended() or client.outflow.waiting_bytes:
             continue
         # It has all up to here; a filter that keeps little must not fall off the history.
-        is_news, told = hub.position != told, hub.position
+        reached = hub.reached(client)
+        is_news, told = reached != told, reached
         client.push(encoding.note("position", {}, told) if is_news else encoding.heartbeat)
 
 

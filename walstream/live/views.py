@@ -63,13 +63,13 @@ class View:
 
     __slots__ = (
         "_condition",
-        "_is_secured",
         "_layout",
         "_narrow",
         "_sight_condition",
         "_tells_departure",
         "_wants",
         "equalities",
+        "is_secured",
         "may_leave",
         "rank",
         "shape",
@@ -103,14 +103,19 @@ class View:
         self._layout = layout
         self._condition = _compiled(subscription.where, layout, normalised, is_linear=True)
         self._sight_condition = _compiled(sight.where, layout, normalised)
-        self._is_secured = sight.persona is not None
+        self.is_secured = sight.persona is not None
+        """Whether the server's row security is to be asked, too."""
         self._wants = _wanted(subscription, sight)
         columns = _columns_of(subscription, layout)
         self._narrow = None if columns is None else Projection(include=columns)
         self._tells_departure = subscription.tells_departure or subscription.leaving
-        self.may_leave = not self._is_secured and _UPDATE in self._wants and (
-            (self._tells_departure and sight.where is not None)
-            or (subscription.leaving and subscription.where is not None)
+        self.may_leave = (
+            not self.is_secured
+            and _UPDATE in self._wants
+            and (
+                (self._tells_departure and sight.where is not None)
+                or (subscription.leaving and subscription.where is not None)
+            )
         )
         self.shape = (sight.projection, columns)
         """Views of equal shapes show a change that they see in the same way alike."""
@@ -134,7 +139,7 @@ class View:
         if operation is _TRUNCATE:
             return Look.WHOLE
         try:
-            if self._is_secured:
+            if self.is_secured:
                 return self._look_at_secured(change)
             if operation is _UPDATE:
                 return self._look_at_update(change)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 from walstream.access.readers import Reader
@@ -103,12 +104,12 @@ class Attendance:
     def begin(self, tasks: asyncio.TaskGroup) -> None:
         """Join, in a task of the group."""
         self._tasks = tasks
-        self._run(self._join())
+        self._run(self._join)
 
     def renew(self, token: str) -> None:
         """Go on by another token, once it is verified."""
         if token != self._token:
-            self._run(self._renew(token))
+            self._run(partial(self._renew, token))
 
     def leave(self) -> None:
         """Be gone, at once."""
@@ -321,11 +322,11 @@ class Attendance:
         code = _TRY_AGAIN_LATER if end is End.SLOW else _SERVICE_RESTART
         self._caller.end(code, end)
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         task = self._tasks.create_task(self._one_at_a_time(work))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _one_at_a_time(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _one_at_a_time(self, work: Callable[[], Awaitable[None]]) -> None:
         async with self._in_turn:
-            await work
+            await work()

@@ -37,6 +37,7 @@ _OPERATIONS: Final = {
     "DELETE": frozenset({Operation.DELETE}),
 }
 _ALL: Final = frozenset().union(*_OPERATIONS.values())
+_MAX_DEPTH: Final = 50
 
 
 class Binding(msgspec.Struct, frozen=True):
@@ -78,12 +79,27 @@ def read_bindings(raw: Sequence[Mapping[str, Any]], limits: Limits) -> list[Bind
     """
     ids = _Ids()
     bindings: list[Binding] = []
-    for number, one in enumerate(raw):
+    for number, one in enumerate({} if _is_deep(one) else one for one in raw):
         binding = _binding(one, ids.id_of(one), limits)
         if number >= limits.max_subscriptions:
             binding = _without(binding, _too_many(len(raw), limits))
         bindings.append(binding)
     return _affordable(bindings)
+
+
+def _is_deep(raw: Mapping[str, Any]) -> bool:
+    """Whether a binding is nested so deeply that it may not be written again: it is no client's."""
+    level: list[Any] = [raw]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return False
+    return True
 
 
 class _Ids:

@@ -136,7 +136,7 @@ class _Stream:
     async def stop(self, hub: Hub) -> Position:
         """Let no more come, and return up to where all has."""
         is_live = self.client in self.client.cohort.clients
-        position = hub.position
+        position = hub.reached(self.client)
         self.client.finish(End.LEFT)
         reached = await self.task
         return position if is_live else reached

@@ -112,10 +112,11 @@ _MESSAGES: Final[dict[Version, msgspec.json.Decoder[_ObjectMessage | _ArrayMessa
     Version.V2: msgspec.json.Decoder(_ArrayMessage),
 }
 _text: Final = msgspec.json.Encoder().encode
-_STRING: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
+_SQUARE: Final = bytes.maketrans(b"{}", b"[]")
+_NEITHER: Final = bytes(set(range(256)) - set(b'"[]{}'))
+_TEXT: Final = re.compile(rb'"[^"]*"')
 # As signed bytes: one step down, or one up.
-_STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_STEPS: Final = bytes.maketrans(b"[]", b"\x01\xff")
 
 
 def decode(version: Version, text: str | bytes) -> Message:
@@ -125,8 +126,8 @@ def decode(version: Version, text: str | bytes) -> Message:
         Malformed: it is no message of this version, or larger in some part than anybody needs.
     """
     data = _utf8(text)
-    _verify_depth(data)
     found = _parse(_MESSAGES[version], data)
+    _verify_depth(data)
     _verify_names(found.topic, found.event)
     ref, join_ref = _ref(found.ref), _ref(found.join_ref)
     return Message(found.topic, found.event, bytes(found.payload), ref, join_ref)
@@ -180,8 +181,8 @@ def verify_json(payload: bytes) -> None:
         Malformed: it is no JSON, no UTF-8, or nested deeper than `MAX_DEPTH`.
     """
     _name(payload)
-    _verify_depth(payload)
     _parse(_RAW, payload)
+    _verify_depth(payload)
 
 
 def encode(
@@ -267,8 +268,22 @@ def _verify_names(topic: str, event: str) -> None:
 
 
 def _verify_depth(data: bytes) -> None:
+    """Refuse what is nested too deeply; of valid JSON only, where each text has its end."""
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
-    steps = array("b", _STRING.sub(b"", data).translate(_STEPS, _NO_BRACKETS))
-    if max(accumulate(steps), default=0) > MAX_DEPTH:
-        raise Malformed("nested too deep")
+    steps = array("b", _brackets(data).translate(_STEPS))
+    # `_brackets` leaves out one level.
+    if max(accumulate(steps), default=0) >= MAX_DEPTH:
+        raise Malformed("nested too deeply")
+
+
+def _brackets(data: bytes) -> bytes:
+    """Return the brackets outside of texts, all of them square, but for those with nothing inside.
+
+    In passes over everything, since a frame may have millions of brackets and texts.
+    """
+    without_escapes = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    quotes_too = without_escapes.translate(_SQUARE, _NEITHER)
+    # Most texts have no brackets. What is between two others stays outside, or inside, by this.
+    quotes_too = quotes_too.replace(b'""', b"")
+    return _TEXT.sub(b"", quotes_too).replace(b"[]", b"")

@@ -11,6 +11,9 @@ MOST_KNOWN: Final = 10_000
 """So many senders are known at once; the one who came first is forgotten before there are more."""
 
 
+_EPSILON: Final = 1e-9
+
+
 class Rate(msgspec.Struct):
     """So many times within so many seconds, and again as time goes by.
 
@@ -33,7 +36,7 @@ class Rate(msgspec.Struct):
         paid = (now - self._at) * self.count / self.seconds
         debt = max(0.0, self._debt - paid)
         self._debt, self._at = debt, now
-        if debt + times > self.count:
+        if debt + times > self.count + _EPSILON:
             return False
         self._debt += times
         return True

@@ -1,12 +1,15 @@
-"""Values in the texts of errors, written as the original server writes them.
+"""Values and types in the texts of errors, written as the original server writes them.
 
-Clients and their tests compare these texts, so the notation is Elixir's: ``nil``, ``%{"a" => 1}``.
+Clients and their tests compare these texts, so the notation is Elixir's: ``nil``, ``%{"a" => 1}``,
+and types have their names of SQL: ``integer``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
+
+from walstream.values import Kind, Types
 
 MAX_CHARACTERS: Final = 4096
 MAX_ITEMS: Final = 50
@@ -48,6 +51,33 @@ def term(value: Any, depth: int = 0) -> str:
             return f"[{', '.join(term(one, depth + 1) for one in value[: _bound(depth)])}]"
         case _:
             return str(value)
+
+
+def type_shown(typeoid: int, types: Types) -> str:
+    """Name a type as ``format_type`` does, built-in ones too."""
+    pg_type = types.get(typeoid)
+    if pg_type is None or pg_type.sql_name:
+        return types.name(typeoid)
+    if pg_type.kind is Kind.ARRAY:
+        return f"{type_shown(pg_type.element, types)}[]"
+    return _SQL_NAMES.get(pg_type.name, pg_type.name)
+
+
+_SQL_NAMES: Final = {
+    "bool": "boolean",
+    "bpchar": "character",
+    "float4": "real",
+    "float8": "double precision",
+    "int2": "smallint",
+    "int4": "integer",
+    "int8": "bigint",
+    "time": "time without time zone",
+    "timestamp": "timestamp without time zone",
+    "timestamptz": "timestamp with time zone",
+    "timetz": "time with time zone",
+    "varbit": "bit varying",
+    "varchar": "character varying",
+}
 
 
 def _bound(depth: int) -> int:

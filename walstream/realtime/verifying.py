@@ -17,6 +17,7 @@ from walstream.live.subscriptions import Subscription
 from walstream.patterns import PatternError, like, linear_expression
 from walstream.realtime.bindings import Binding
 from walstream.realtime.refusals import BAD_ESCAPE, RAISED, UNREACHABLE, failed, not_enabled
+from walstream.realtime.terms import type_shown
 from walstream.values import BOOL_OID
 
 MAX_FILTERED_TABLES: Final = 50
@@ -87,7 +88,7 @@ def _verify_operator(comparison: Comparison, table: VisibleTable) -> None:
     types = table.layout.types
     operator, column = comparison.operator, comparison.column
     typeoid = table.layout.columns[column]
-    type_name = types.name(typeoid)
+    type_name = type_shown(typeoid, types)
     if operator is Operator.IS:
         value = comparison.values[0]
         is_about_null = value in ("null", "not_null")

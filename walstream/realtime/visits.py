@@ -35,6 +35,10 @@ POLICY_VIOLATION = 1008
 """Codes of the close frame (RFC 6455, 7.4.1, and IANA's registry)."""
 
 
+BEHIND_FACTOR = 8
+"""So much more may wait for a client that is not slow, while much is said at once."""
+
+
 class Socket(Outflow, Interface):
     """The way to one client and back; `walstream.gateway.sockets.Socket` is one."""
 
@@ -102,10 +106,16 @@ class Visit:
         """Send something; a client that does not keep up is cut off rather than waited for."""
         if self._is_over:
             return
-        if self._socket.waiting_bytes > self._services.live.max_queue_bytes:
+        if self._is_slow():
             self.end(TRY_AGAIN_LATER, "slow")
         else:
             self._socket.write(frames)
+
+    def _is_slow(self) -> bool:
+        most = self._services.live.max_queue_bytes
+        if self._socket.is_behind:  # it is our sending: what is said in a room waits for nobody
+            most *= BEHIND_FACTOR
+        return self._socket.waiting_bytes > most
 
     def end(self, code: int, reason: str) -> None:
         """End the connection: the client comes back, and joins anew."""
