@@ -29,6 +29,8 @@ class Phoenix:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.received: list[str | bytes] = []
+        """All messages, as they came."""
         self._refs = 0
 
     def __enter__(self) -> Self:
@@ -52,7 +54,9 @@ class Phoenix:
 
     def hear(self, seconds: float = SECONDS) -> Heard:
         """Wait for the next message."""
-        return Heard(*json.loads(self.connection.recv(seconds)))
+        message = self.connection.recv(seconds)
+        self.received.append(message)
+        return Heard(*json.loads(message))
 
     def wait_for(self, is_wanted: Callable[[Heard], object], seconds: float = SECONDS) -> Heard:
         """Pass by messages until one is wanted."""

@@ -415,7 +415,7 @@ class RoomsTests:
         channel = goes.channel(topic, presence={"key": "goes", "enabled": True}).join()
         channel.tell("track", payload={"n": 1})
         stays.wait_for(lambda it: state(it) == {"goes": [{"n": 1}]})
-        goes.tell("close")
+        goes.close()
         stays.wait_for(lambda it: state(it) == {})
 
     def _present(self, told: Told, service: SupabaseService, topic: str, key: str) -> Channel:
@@ -524,7 +524,7 @@ class ReturnTests:
     ) -> None:
         table = service.table("id int PRIMARY KEY")
         channel = client_of(told, service).channel(service.topic()).on("system", "system")
-        channel.on_changes(follow=True, table=table, since="0/1:1").join()
+        channel.on_changes(follow=True, table=table, since="0/1:1").subscribe()
         channel.wait_for(problems)
         assert problems(channel)[0].startswith("Changes may be missing: ")
         service.execute(f"INSERT INTO {table} VALUES (1), (2)")

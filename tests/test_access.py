@@ -27,6 +27,7 @@ from tests.postgres import async_wait_until
 from walstream.access import Cause, Gate, Reader, ReaderRefused, Sight
 from walstream.access.jwks import MAX_BYTES, OLD_SECONDS, PAUSE_SECONDS, RETRY_SECONDS, Jwks
 from walstream.access.keys import key_set, public_key, secret_key
+from walstream.access.readers import Persona
 from walstream.changes import Layout, Relation
 from walstream.config.access import AccessConfig
 from walstream.errors import ConfigError, FilterError
@@ -1143,3 +1144,61 @@ def test_no_claim_changes_the_shape_of_a_condition(text: str, first: Any, second
         return
     assert shape(filled) == shape(condition.where)
     assert parse(str(filled)) == filled, "also when it is printed and read again"
+
+
+# ---- Row security
+
+
+def secured(**table: Any) -> dict[str, Any]:
+    return {"roles": {"viewer": {"tables": [{"table": "public.a", "rls": True} | table]}}}
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ({"rls": False, "deletes": "key"}, "it needs rls = true"),
+        ({"deletes": "all"}, "Input should be 'none' or 'key'"),
+        ({"rows": "all"}, "without where and rls"),
+        ({"rls": False, "rows": "all", "where": "a=eq.1"}, "without where and rls"),
+        ({"rls": False, "rows": "some"}, "Input should be 'all'"),
+    ],
+)
+def test_rules_of_rows_that_contradict_are_mistakes(table: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        configured(**secured(**table))
+
+
+def test_none_is_no_role_of_the_server() -> None:
+    tables = [{"table": "public.a", "rls": True}]
+    for roles in ({"none": {"tables": tables}}, {"a": {"tables": tables, "postgres_role": "none"}}):
+        with pytest.raises(ValueError, match="cannot be asked as 'none'"):
+            AccessConfig(roles=roles)
+
+
+async def test_a_reader_under_row_security_is_asked_for_as_a_persona() -> None:
+    reader = await admitted(signed(exp=4_000_000_000, iat=None, team=[1, "ö"]), **secured())
+    [grant] = reader.grants
+    persona = grant.sight.persona
+    assert persona is not None
+    assert persona.postgres_role == "viewer"
+    assert json.loads(persona.claims) == reader.claims
+    assert "abc" not in repr(reader) + repr(grant) + pretty_repr(grant) + repr(persona)
+    content = secured()
+    content["roles"]["viewer"]["postgres_role"] = "authenticated"
+    content["anonymous_role"] = "viewer"
+    [grant] = (await admitted(None, **content)).grants
+    assert grant.sight.persona == Persona("authenticated", '{"role":"authenticated"}')
+
+
+@pytest.mark.parametrize("claim", ["a\0b", "\ud800", {"deep": ["a\0"]}])
+async def test_claims_that_the_server_cannot_read_are_refused(claim: Any) -> None:
+    error = await refused(signed(note=claim), **secured())
+    assert (error.status, error.cause) == (403, Cause.FORBIDDEN)
+
+
+async def test_readers_of_the_same_claims_see_the_same() -> None:
+    token = signed()
+    first, second = await admitted(token, **secured()), await admitted(token, **secured())
+    other = await admitted(signed(sub="other"), **secured())
+    assert first.grants == second.grants != other.grants
+    assert hash(first.grants) == hash(second.grants)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +23,10 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
+from tests.command_line import CommandLine
 from tests.conftest import StartCluster
+from tests.live_service import live_service
+from tests.phoenix import Phoenix, phoenix
 from tests.postgres import Database, async_wait_until
 from tests.test_check import mend
 from tests.test_hub import Sent
@@ -214,11 +219,10 @@ class Site:
         """Return when all have all that was before."""
         self.marks += 1
         self.database.execute(f"INSERT INTO marks VALUES ({self.marks})")
-        for one in listeners:
-            mark = ("marks", self.marks)
-            await async_wait_until(
-                lambda one=one, mark=mark: mark in one.seen, timeout_seconds=seconds
-            )
+        mark = ("marks", self.marks)
+        await async_wait_until(
+            lambda: all(mark in one.seen for one in listeners), timeout_seconds=seconds
+        )
 
     async def do(self, statements: str, *listeners: Listener) -> None:
         """Change something, in one transaction, and wait until all have what they get of it."""
@@ -256,7 +260,7 @@ async def running(database: Database, folder: Path, **more: Any) -> AsyncIterato
     chosen = settings(database, folder, **more)
     app, gate = Walstream(), Gate(chosen.access, masking_key=b"key")
     task = asyncio.create_task(app.run(chosen))
-    site = None
+    site: Site | None = None
     try:
         await async_wait_until(lambda: task.done() or app.is_ready)
         if task.done():
@@ -269,7 +273,7 @@ async def running(database: Database, folder: Path, **more: Any) -> AsyncIterato
     finally:
         app.stop()
         await task
-        await asyncio.gather(*(site.tasks if site else ()))
+        await asyncio.gather(*(() if site is None else site.tasks))
 
 
 async def test_each_of_many_readers_sees_exactly_its_rows(shop: Database, tmp_path: Path) -> None:
@@ -341,6 +345,58 @@ async def test_what_was_hidden_stays_hidden_when_the_row_is_shown_later(
         await site.do("DELETE FROM notes; TRUNCATE notes", ann)
         assert [one["row"]["body"] for one in ann.of("notes")] == ["for ann", "mine", "back"]
         assert "SECRET" not in ann.text()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_happens_a_reader_ends_up_with_what_it_may_see(
+    shop: Database, tmp_path: Path, seed: int
+) -> None:
+    """And gets no version of a row on the way that it may not see."""
+    rng = random.Random(seed)  # noqa: S311 - a workload
+    names = ["ann", "bob", "cid"]
+    async with running(shop, tmp_path) as site:
+        readers = {name: await site.listener("member", sub=name) for name in names}
+        with shop.connect(autocommit=False) as connection:
+            for _ in range(150):
+                for _ in range(rng.randint(1, 5)):
+                    connection.execute(*random_statement(rng, [*names, "nobody"]))
+                connection.rollback() if rng.random() < 0.1 else connection.commit()
+                await asyncio.sleep(rng.choice([0, 0, 0.002]))
+        late = {name: await site.listener("member", "beginning", sub=name) for name in names}
+        await site.mark(*readers.values(), *late.values())
+        rows = shop.execute("SELECT id, owner, is_public, body FROM notes")
+        for name, listener in [*readers.items(), *late.items()]:
+            held: dict[int, tuple[Any, ...]] = {}
+            for one in listener.of("notes"):
+                row = one["row"]
+                assert row["is_public"] or row["owner"] == name
+                held[row["id"]] = tuple(row.values())
+            visible = {row[0]: row for row in rows if row[2] or row[1] == name}
+            assert visible.items() <= held.items()
+        assert any(one.of("notes") for one in readers.values())
+
+
+def random_statement(rng: random.Random, names: list[str]) -> tuple[str, list[Any]]:
+    identity, owner, public = rng.randint(1, 30), rng.choice(names), rng.random() < 0.2
+    body = str(rng.random())
+    match rng.randint(0, 3):
+        case 0:
+            return "DELETE FROM notes WHERE id = %s", [identity]
+        case 1:
+            return MOVE, [body, identity]
+        case _:
+            return PUT, [identity, owner, public, body]
+
+
+MOVE: Final = """
+UPDATE notes SET id = id + 100, body = %s
+ WHERE id = %s AND id NOT IN (SELECT id - 100 FROM notes)
+"""
+PUT: Final = """
+INSERT INTO notes VALUES (%s, %s, %s, %s)
+    ON CONFLICT (id) DO UPDATE
+   SET owner = excluded.owner, is_public = excluded.is_public, body = excluded.body
+"""
 
 
 async def test_a_clients_filter_tells_nothing_of_old_rows(shop: Database, tmp_path: Path) -> None:
@@ -762,3 +818,94 @@ async def test_a_table_whose_policies_do_not_count_is_told_when_somebody_subscri
                 await site.hub.requests.check([Subscription(TablePattern.parse(table))], reader)
         [told] = [one for one in logs if one["event"] == "row_security_ignored"]
         assert (told["relation"], told["role"]) == ("public.notes", "simple")
+
+
+# ---- By WebSocket
+
+REALTIME: Final = f"""
+[realtime]
+enabled = true
+refusal_seconds = 0
+[access]
+secret = "{KEY}"
+leeway_seconds = 0
+api_keys = [{{ key = "sb_publishable_of_these_tests", role = "anon" }}]
+row_security = {{ dsn = "%s" }}
+[access.roles.anon]
+tables = [{{ table = "public.marks" }}, {{ table = "public.*", rls = true }}]
+[access.roles.member]
+tables = [{{ table = "public.marks" }}, {{ table = "public.*", rls = true }}]
+[access.roles.told]
+postgres_role = "member"
+tables = [{{ table = "public.marks" }}, {{ table = "public.*", rls = true, deletes = "key" }}]
+[access.roles.open]
+tables = [{{ table = "public.marks" }}, {{ table = "public.notes", rows = "all" }}]
+"""
+
+SCENE: Final = """
+INSERT INTO notes SELECT i, 'user' || i % 12, i % 10 = 0, 'SECRET of user' || i % 12
+  FROM generate_series(0, 119) AS i;
+BEGIN;
+INSERT INTO notes VALUES (200, 'nobody', false, 'SECRET of nobody');
+UPDATE notes SET owner = 'user1', body = 'for user1' WHERE id = 200;
+INSERT INTO notes VALUES (201, 'user1', false, 'SECRET of before');
+UPDATE notes SET owner = 'nobody', body = 'SECRET of nobody' WHERE id = 201;
+COMMIT;
+DELETE FROM notes WHERE id = 11;
+INSERT INTO marks VALUES (1);
+"""
+
+
+def test_by_websocket_each_reader_sees_exactly_its_rows(shop: Database, tmp_path: Path) -> None:
+    command_line = CommandLine(tmp_path)
+    names = [f"user{number}" for number in range(12)]
+    tokens: dict[str, str | None] = {name: token_of("member", sub=name) for name in names}
+    tokens |= {"told": token_of("told", sub="user3"), "open": token_of("open"), "anon": None}
+    more = REALTIME % asker(shop).replace('"', "'").replace("\\", "\\\\")
+    with (
+        live_service(command_line, shop.dsn, "websockets", more=more) as service,
+        ExitStack() as stack,
+    ):
+        clients = {
+            name: stack.enter_context(phoenix(service.url, "sb_publishable_of_these_tests"))
+            for name in tokens
+        }
+        tables = [
+            {"event": "*", "schema": "public", "table": table} for table in ("notes", "marks")
+        ]
+        for name, client in clients.items():
+            reply = client.join("room", tables, token=tokens[name])
+            assert reply.payload["status"] == "ok"
+        shop.execute(SCENE)
+        got = {name: until_the_mark(client) for name, client in clients.items()}
+    for number, name in enumerate(names):
+        changes = got[name]
+        new = {one["record"]["id"] for one in changes if one["type"] != "DELETE"}
+        visible = {one for one in range(120) if one % 12 == number or one % 10 == 0} - {11}
+        extra = {200} if name == "user1" else set()
+        assert new - {11} == visible | extra
+        assert not [one for one in changes if one["type"] == "DELETE"]
+        for one in changes:
+            assert one["record"]["is_public"] or one["record"]["owner"] == name
+        hidden = json.dumps([one for one in changes if not one["record"]["is_public"]])
+        assert re.sub(f"SECRET of {name}\\b", "", hidden).count("SECRET") == 0
+    [update] = [one for one in got["user1"] if one["type"] == "UPDATE"]
+    assert update["old_record"] == {"id": 200}, "the key, which the new row has too"
+    assert {one["record"]["id"] for one in got["anon"]} == set(range(0, 120, 10))
+    [deleted] = [one for one in got["told"] if one["type"] == "DELETE"]
+    assert deleted["old_record"] == {"id": 11}
+    assert len(got["open"]) == 125
+
+
+def token_of(role: str, **claims: Any) -> str:
+    return jwt.encode({"role": role, "exp": int(time.time()) + 600} | claims, KEY)
+
+
+def until_the_mark(client: Phoenix) -> list[dict[str, Any]]:
+    changes: list[dict[str, Any]] = []
+    while True:
+        heard = client.wait_for(lambda heard: heard.event == "postgres_changes")
+        data = heard.payload["data"]
+        if data["table"] == "marks":
+            return changes
+        changes.append(data)

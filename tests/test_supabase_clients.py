@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from tests.supabase_tests import (
     problems,
     rejoins_after_a_restart,
 )
-from tests.told import NodeClient, Told
+from tests.told import Client, NodeClient, Told
 
 VERSIONS = ("1.0.0", "2.0.0")
 
@@ -35,19 +36,31 @@ def service(
         yield it
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
-def program(
-    request: pytest.FixtureRequest, node_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[NodeClient]:
-    log = tmp_path_factory.mktemp("node") / "log"
-    with NodeClient(node_folder, log, request.param) as program:
-        yield program
+@pytest.fixture(scope="module")
+def programs(
+    node_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Told]]:
+    """A client of each version."""
+    with ExitStack() as programs:
+        log = tmp_path_factory.mktemp("node")
+        yield {
+            version: programs.enter_context(NodeClient(node_folder, log / version, version))
+            for version in VERSIONS
+        }
+
+
+@pytest.fixture(params=VERSIONS)
+def told(request: pytest.FixtureRequest, programs: dict[str, Told]) -> Iterator[Told]:
+    told = programs[request.param]
+    yield told
+    told.close_all()
 
 
 @pytest.fixture
-def told(program: NodeClient) -> Iterator[Told]:
-    yield program
-    program.close_all()
+def both(programs: dict[str, Told]) -> Iterator[list[Told]]:
+    yield list(programs.values())
+    for told in programs.values():
+        told.close_all()
 
 
 class TestChanges(ChangesTests):
@@ -70,19 +83,6 @@ class TestReturn(ReturnTests):
 def proxy() -> Iterator[Proxy]:
     with Proxy("host=127.0.0.1 port=1", is_postgres=False) as proxy:
         yield proxy
-
-
-@pytest.fixture
-def both(node_folder: Path, tmp_path: Path) -> Iterator[list[Told]]:
-    """A client of each version."""
-    with ExitStack() as programs:
-        clients = [
-            programs.enter_context(NodeClient(node_folder, tmp_path / f"log {version}", version))
-            for version in VERSIONS
-        ]
-        yield list(clients)
-        for told in clients:
-            told.close_all()
 
 
 def test_a_restart_of_walstream(
@@ -145,25 +145,6 @@ class TestNode:
         assert channel.ids("in") == ids[1:]
         assert channel.ids("not in") == ids[:1]
 
-    def test_heartbeats_are_answered_and_bring_another_token_along(
-        self, told: Told, service: SupabaseService
-    ) -> None:
-        table = service.table("id int PRIMARY KEY")
-        client = client_of(told, service, token=token(seconds=2.99), heartbeatMs=100)
-        client.tell("onHeartbeat")
-        channel = client.channel(service.topic()).on("system", "system").on_changes(table=table)
-        channel.join()
-        client.tell("token", token=token())
-        wait_until(
-            lambda: (
-                [one["payload"] for one in told.events("heartbeat", client.name)].count("ok") > 30
-            )
-        )
-        service.execute(f"INSERT INTO {table} VALUES (1)")
-        channel.wait_for(lambda it: it.ids() == [1])
-        assert channel.statuses == ["SUBSCRIBED"]
-        assert problems(channel) == []
-
     def test_who_has_no_key_does_not_come_in(self, told: Told, service: SupabaseService) -> None:
         channel = told.client(service.url, "no key").channel(service.topic()).subscribe()
         channel.wait_for(lambda it: it.errors)
@@ -199,6 +180,33 @@ class TestNode:
             ("system", "Replication connection established"),
             ("postgres_changes", "Subscribed to PostgreSQL"),
         ]
+
+
+def test_heartbeats_are_answered_and_bring_another_token_along(
+    both: list[Told], service: SupabaseService
+) -> None:
+    table = service.table("id int PRIMARY KEY")
+    clients = [
+        client_of(told, service, token=token(seconds=2.99), heartbeatMs=100) for told in both
+    ]
+    channels = [
+        client.channel(service.topic()).on("system", "system").on_changes(table=table).join()
+        for client in clients
+    ]
+    for client in clients:
+        client.tell("onHeartbeat")
+        client.tell("token", token=token())
+    for told, client in zip(both, clients, strict=True):
+        wait_until(partial(_are_answered, told, client))
+    service.execute(f"INSERT INTO {table} VALUES (1)")
+    for channel in channels:
+        channel.wait_for(lambda it: it.ids() == [1])
+        assert channel.statuses == ["SUBSCRIBED"]
+        assert problems(channel) == []
+
+
+def _are_answered(told: Told, client: Client) -> bool:
+    return [one["payload"] for one in told.events("heartbeat", client.name)].count("ok") > 30
 
 
 def test_bytes_come_to_those_who_can_have_them(both: list[Told], service: SupabaseService) -> None:

@@ -96,8 +96,7 @@ class Told(ABC):
 
     def close_all(self) -> None:
         """Close all clients, and forget what they told."""
-        for name in self._clients:
-            self.tell("close", client=name)
+        self.tell("close", names=self._clients)
         self._clients.clear()
         wrong = [
             event["error"]
@@ -129,6 +128,9 @@ class Client:
 
     def tell(self, action: str, **given: Any) -> Any:
         return self._told.tell(action, client=self.name, **given)
+
+    def close(self) -> None:
+        self._told.tell("close", names=[self.name])
 
 
 class Channel:

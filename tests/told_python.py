@@ -63,9 +63,9 @@ class Driver:
     async def setAuth(self, client: str, token: str) -> None:  # noqa: N802 - as it is told
         await self._clients[client].set_auth(token)
 
-    async def close(self, client: str) -> None:
+    async def close(self, names: list[str]) -> None:
         async with asyncio.timeout(CLOSE_SECONDS):
-            await self._clients[client].remove_all_channels()
+            await asyncio.gather(*[self._clients[name].remove_all_channels() for name in names])
 
     # Channels
 

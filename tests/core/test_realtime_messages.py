@@ -443,6 +443,15 @@ def test_nulls_among_the_bindings_are_dropped() -> None:
     )
 
 
+def test_a_join_may_say_for_all_its_bindings_where_they_begin() -> None:
+    bindings = [{"event": "*"}, {"event": "*", "since": "0/1:1", "leaving": False}]
+    payload = {"config": {"postgres_changes": bindings}, "since": None, "leaving": True}
+    assert read_join(payload).bindings == (
+        {"event": "*", "since": None, "leaving": True},
+        {"event": "*", "since": "0/1:1", "leaving": False},
+    )
+
+
 @pytest.mark.parametrize(
     ("timeout", "seconds"),
     [

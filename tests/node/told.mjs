@@ -69,8 +69,8 @@ export function makeTold({ createClient, postgresChangesFilter }, emit, transpor
       const tell = (payload) => emit({ kind: "heartbeat", channel: client, label: "", payload })
       clients.get(client).realtime.onHeartbeat(tell)
     },
-    async close({ client }) {
-      await clients.get(client).removeAllChannels()
+    async close({ names }) {
+      await Promise.all(names.map((name) => clients.get(name).removeAllChannels()))
     },
   }
 

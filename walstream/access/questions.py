@@ -34,7 +34,7 @@ class KeyColumn(msgspec.Struct, frozen=True):
     operator: str
 
 
-class Lookup(msgspec.Struct, frozen=True):
+class Lookup(msgspec.Struct, frozen=True, cache_hash=True):
     """How rows of a table are found: in which relation, by which key. No key: they are not."""
 
     relation: Relation

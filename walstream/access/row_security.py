@@ -59,6 +59,8 @@ RETRY_SECONDS: Final = 10.0
 RETRY_PAUSE_SECONDS: Final = 0.2
 
 MAX_LOOKUPS: Final = 512
+MAX_PREPARED: Final = 4096
+"""So many changes are remembered as they are asked about: others ask about the same ones."""
 
 
 class RowSecurity:
@@ -80,6 +82,7 @@ class RowSecurity:
         self._desks: dict[Hashable, _Desk] = {}
         self._slow: dict[Hashable, None] = {}
         self._lookups: dict[tuple[Layout, Relation], Lookup] = {}
+        self._prepared: dict[Hashable, Asked | None] = {}
         self._failures = Failures()
         self._asked = self._hidden = self._questions = 0
 
@@ -123,6 +126,7 @@ class RowSecurity:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        self._prepared.clear()
         await self._connections.close()
 
     def _desk(self, sight: Sight, layout: Layout, masked: frozenset[str]) -> _Desk:
@@ -148,7 +152,7 @@ class RowSecurity:
         except (psycopg.Error, WalstreamError) as error:
             self._failures.note(persona, relation, error)
             return [False] * len(changes)
-        asked = [asked_of(change, lookup, sight, masked) for change in changes]
+        asked = [self._asked_of(change, lookup, sight, masked) for change in changes]
         if None in asked:
             self._failures.note_unaskable(persona, relation)
         sure = [one for one in asked if one is not None]
@@ -159,6 +163,17 @@ class RowSecurity:
         self._asked += len(verdicts)
         self._hidden += verdicts.count(False)
         return verdicts
+
+    def _asked_of(
+        self, change: Change, lookup: Lookup, sight: Sight, masked: frozenset[str]
+    ) -> Asked | None:
+        """Return what is asked about a change, the same for all who are sent the same columns."""
+        key = (change, lookup, sight.projection, masked)
+        if key not in self._prepared:
+            if len(self._prepared) >= MAX_PREPARED:
+                self._prepared.clear()
+            self._prepared[key] = asked_of(change, lookup, sight, masked)
+        return self._prepared[key]
 
     async def _ask(self, batch: _Batch, asked: Sequence[Asked]) -> list[bool]:
         """Ask about some rows; if that fails for one of them, about fewer at a time."""

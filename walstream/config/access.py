@@ -94,7 +94,7 @@ class TableConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if not self.rls and "deletes" in self.model_fields_set:
+        if not self.rls and self.deletes != "none":
             raise ValueError("deletes is about rows that row security hides: it needs rls = true")
         if self.rows is not None and (self.rls or self.where is not None):
             raise ValueError('rows = "all" is said of tables without where and rls')
@@ -257,6 +257,17 @@ class AccessConfig(Section):
     @classmethod
     def _is_path(cls, value: str) -> str:
         ClaimPath.parse(value)
+        return value
+
+    @field_validator("roles")
+    @classmethod
+    def _are_of_the_server(cls, value: dict[str, RoleConfig]) -> dict[str, RoleConfig]:
+        for name, role in value.items():
+            if any(table.rls for table in role.tables) and (role.postgres_role or name) == "none":
+                raise ValueError(
+                    f"{name}: row security cannot be asked as 'none', which is no role but whoever"
+                    " is connected; allowed: postgres_role, the name of a role of the server"
+                )
         return value
 
     @field_validator("anonymous_role")

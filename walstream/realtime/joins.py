@@ -15,6 +15,10 @@ import msgspec
 DEFAULT_WAIT_SECONDS: Final = 15.0
 MAX_WAIT_SECONDS: Final = 20.0
 
+_OF_BINDINGS: Final = ("since", "leaving")
+"""What a join may ask for all its bindings: not every client passes on keys of a binding that it
+does not know, but each does so with those of a join."""
+
 _OPAQUE: Final = "sb_"
 _MAX_TOKEN_CHARACTERS: Final = 16 << 10
 _SPACE: Final = re.compile(r"\s+")
@@ -23,9 +27,10 @@ _SPACE: Final = re.compile(r"\s+")
 class Join(msgspec.Struct, frozen=True):
     """One join, as far as it can be read.
 
-    ``bindings`` are the client's own words, to be echoed as they are. ``presence_key`` is empty
-    where the server has to choose one. ``token`` None stands for the token of the connection.
-    ``wait`` asks for the reply not before the bindings are live, or `wait_seconds` have passed.
+    ``bindings`` are the client's own words, to be echoed as they are, but for what the join asks
+    for all of them. ``presence_key`` is empty where the server has to choose one. ``token`` None
+    stands for the token of the connection. ``wait`` asks for the reply not before the bindings are
+    live, or `wait_seconds` have passed.
     """
 
     bindings: tuple[dict[str, Any], ...] = ()
@@ -48,7 +53,7 @@ def read_join(payload: Any) -> Join:
     presence = _mapping(config.get("presence"))
     options = _mapping(config.get("postgres_changes_options"))
     return Join(
-        bindings=_bindings(config.get("postgres_changes")),
+        bindings=_bindings(config.get("postgres_changes"), asked),
         broadcast_self=_truth(broadcast.get("self")),
         broadcast_ack=_truth(broadcast.get("ack")),
         presence_key=_key(presence.get("key")),
@@ -87,10 +92,12 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _bindings(value: Any) -> tuple[dict[str, Any], ...]:
+def _bindings(value: Any, asked: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the bindings; what is asked of the join itself holds for those that do not say it."""
     if not isinstance(value, list):
         return ()
-    return tuple(one for one in value if isinstance(one, dict))
+    common = {name: asked[name] for name in _OF_BINDINGS if name in asked}
+    return tuple({**common, **one} for one in value if isinstance(one, dict))
 
 
 def _truth(value: Any, *, default: bool = False) -> bool:

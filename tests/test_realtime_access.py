@@ -1,0 +1,409 @@
+"""What somebody may try to read what is not theirs, by the channels of Supabase Realtime.
+
+The tables are those of `tests.access_scenes`, with the words of this protocol: tokens that are no
+good at the connection, at a join and as a later token; scenes, live and by ``since``. Then what an
+attacker would try. All that a client gets is searched for what it must not have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlencode
+
+import httpx
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from tests.access_scenes import (
+    BAD_TOKENS,
+    CLEAN,
+    SCENES,
+    SCHEMA,
+    Scene,
+    Site,
+    perform,
+    running_site,
+)
+from tests.conftest import StartCluster
+from tests.phoenix import Heard, Phoenix, phoenix
+from walstream.testing.databases import Database
+
+API_KEY: Final = "sb_publishable_secret_of_nobody"
+
+ROLES: Final = """
+CREATE ROLE member NOLOGIN;
+CREATE ROLE asker LOGIN NOINHERIT;
+GRANT member TO asker;
+"""
+
+SECURED: Final = """
+CREATE TABLE secured (id int PRIMARY KEY, owner text, body text, pin text);
+ALTER TABLE secured REPLICA IDENTITY FULL;
+ALTER TABLE secured ENABLE ROW LEVEL SECURITY;
+CREATE POLICY of_owner ON secured TO member
+    USING (owner = current_setting('request.jwt.claims', true)::json ->> 'sub');
+GRANT SELECT (id, owner, body) ON secured TO member;
+GRANT USAGE ON SCHEMA public TO member;
+"""
+
+MORE: Final = f"""
+[realtime]
+enabled = true
+refusal_seconds = 0
+joins_per_second = 1000
+messages_per_second = 1000
+[[realtime.private]]
+topic = "user:{{claims.sub}}"
+read = ["reader"]
+write = ["reader"]
+[[realtime.private]]
+topic = "news:*"
+read = ["reader", "outsider"]
+write = ["reader"]
+
+[[access.api_keys]]
+key = "{API_KEY}"
+role = "visitor"
+[[access.roles.visitor.tables]]
+table = "public.marks"
+[[access.roles.visitor.tables]]
+table = "public.renamed"
+
+[access.row_security]
+dsn = "%s"
+[access.roles.member]
+[[access.roles.member.tables]]
+table = "public.marks"
+[[access.roles.member.tables]]
+table = "public.secured"
+rls = true
+columns = {{ exclude = ["pin"] }}
+[access.roles.told]
+postgres_role = "member"
+[[access.roles.told.tables]]
+table = "public.marks"
+[[access.roles.told.tables]]
+table = "public.secured"
+rls = true
+deletes = "key"
+columns = {{ exclude = ["pin"] }}
+"""
+
+
+@pytest.fixture(scope="module")
+def site(
+    module_private_cluster: StartCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """One process for all attempts; the roles of its row security are the server's."""
+    with Database(module_private_cluster().conninfo(), "postgres") as database:
+        for statements in (ROLES, SCHEMA, SECURED):
+            database.execute(statements)
+        asker = re.sub(r"user=\S+", "user=asker", database.dsn)
+        folder = tmp_path_factory.mktemp("realtime_access")
+        with running_site(database, folder, more=MORE % asker) as site:
+            yield site
+
+
+# Refused
+
+
+class Refusal(NamedTuple):
+    """How a token is refused at the connection, and at a join: the code there, and the text."""
+
+    status: int
+    text: str
+    code: str
+    joined: str = ""
+
+
+MALFORMED: Final = Refusal(401, "The token provided is not a valid JWT", "MalformedJWT")
+FORGED: Final = Refusal(401, "Failed to validate JWT signature", "JwtSignatureError")
+ENDED: Final = Refusal(
+    401, "Token has expired", "InvalidJWTToken", r"Token has expired \d+ seconds ago"
+)
+SHORT: Final = Refusal(401, "Fields `role` and `exp` are required in JWT", "InvalidJWTToken")
+
+
+def forbidden(text: str) -> Refusal:
+    return Refusal(403, text, "Unauthorized")
+
+
+UNUSABLE: Final = forbidden("the token's claim sub is no text, number or truth value")
+
+REFUSALS: Final[dict[str, Refusal | None]] = {
+    "none at all": None,
+    "empty": None,
+    "expired": ENDED,
+    "expired long ago": ENDED,
+    "expires before all time": ENDED,
+    "never expires": SHORT,
+    "expires at no number": MALFORMED,
+    "not yet valid": MALFORMED,
+    "another audience": MALFORMED,
+    "no audience": MALFORMED,
+    "another issuer": MALFORMED,
+    "another algorithm of the same key": FORGED,
+    "PSS": FORGED,
+    "algorithm none": FORGED,
+    "algorithm nOnE": FORGED,
+    "no algorithm": FORGED,
+    "RS256 without a signature": FORGED,
+    "a foreign key": FORGED,
+    "a key of its own": FORGED,
+    "a key at an address": FORGED,
+    "a key in a file": FORGED,
+    "HS256 by the public key": FORGED,
+    "changed behind its signature": FORGED,
+    "critical headers": MALFORMED,
+    "garbage": MALFORMED,
+    "dots": MALFORMED,
+    "huge": MALFORMED,
+    "unknown role": forbidden("the token's role has no [access.roles.<name>]"),
+    "no role": SHORT,
+    "a list of roles": forbidden("the token's claim role is not one role's name"),
+    "a role without tables": None,
+    "a role with other tables": None,
+    "without the claim of the condition": forbidden("the token has no claim sub"),
+    "a list for the claim of the condition": UNUSABLE,
+    "an object for the claim of the condition": UNUSABLE,
+}
+
+MESSAGES: Final = {"event": "*", "schema": "public", "table": "messages"}
+MARKS: Final = {"event": "INSERT", "schema": "public", "table": "marks"}
+NOT_ENABLED: Final = "Please check Realtime is enabled for the given connect parameters"
+
+
+def test_each_bad_token_is_in_the_table() -> None:
+    assert REFUSALS.keys() == BAD_TOKENS.keys()
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_who_has_no_good_token_is_not_connected(site: Site, name: str) -> None:
+    """Whether it comes in the query or in the header, whatever the path and the version."""
+    token, refusal = BAD_TOKENS[name][1](site.tokens), REFUSALS[name]
+    if refusal is None and token:  # a role that sees nothing: it is told so when it joins
+        return
+    status, text = refusal[:2] if refusal else (401, "API key is missing")
+    for path in ("/realtime/v1/websocket", "/socket/websocket"):
+        for query, headers in (
+            ({} if token is None else {"apikey": token}, {}),
+            ({"vsn": "2.0.0"}, {} if token is None else {"x-api-key": token}),
+        ):
+            told = refused_connection(site, f"{path}?{urlencode(query)}", headers)
+            assert told == (status, {"error": text})
+
+
+def refused_connection(site: Site, target: str, headers: Mapping[str, str]) -> tuple[int, Any]:
+    address = site.service.url.replace("http://", "ws://")
+    with (
+        pytest.raises(InvalidStatus) as caught,
+        connect(f"{address}{target}", additional_headers=headers),
+    ):
+        pass
+    response = caught.value.response
+    return response.status_code, json.loads(response.body)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_join_by_a_token_that_is_no_good_is_refused(site: Site, name: str) -> None:
+    token, refusal = BAD_TOKENS[name][1](site.tokens), REFUSALS[name]
+    with phoenix(site.service.url, site.tokens.good()) as client:
+        reply = client.join("refused", [MESSAGES], token=token)
+        if refusal is None:
+            assert reply.payload["status"] == "ok"
+            system = client.wait_for(is_system)
+            assert (system.payload["status"] == "error") == bool(token)
+            assert not token or NOT_ENABLED in system.payload["message"]
+            return
+        assert reply.payload["status"] == "error"
+        told = f"{refusal.code}: {refusal.joined or re.escape(refusal.text)}"
+        assert re.fullmatch(told, reply.payload["response"]["reason"])
+        client.send("realtime:refused", "heartbeat", {})
+        assert client.hear().payload["response"] == {"reason": "unmatched topic"}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_later_token_that_is_no_good_ends_the_channel(site: Site, name: str) -> None:
+    """Nothing that is committed after that comes."""
+    token, refusal = BAD_TOKENS[name][1](site.tokens), REFUSALS[name]
+    site.database.execute(CLEAN)
+    with phoenix(site.service.url, site.tokens.good()) as client:
+        join_ref = client.join("renewed", [MESSAGES]).ref
+        client.wait_for(is_system)
+        client.send("realtime:renewed", "access_token", {"access_token": token}, join_ref=join_ref)
+        if refusal is not None:
+            system, close = client.hear(), client.hear()
+            assert (system.event, system.payload["status"]) == ("system", "error")
+            told = refusal.joined or re.escape(refusal.text)
+            assert re.fullmatch(told, system.payload["message"])
+            assert (close.event, close.ref) == ("phx_close", join_ref)
+        elif token:
+            client.wait_for(is_system)
+        site.database.execute("INSERT INTO messages VALUES (1, 'ada', 'SECRET')")
+        if refusal is None and not token:  # as if nothing had been said
+            assert client.changes(1)[0]["record"]["body"] == "SECRET"
+            return
+        client.join("marks", [MARKS], token=site.tokens.good())
+        site.mark(name)
+        assert client.changes(1)[0]["record"]["note"] == name
+        assert_nothing_in(client.received, "SECRET")
+
+
+def is_system(heard: Heard) -> bool:
+    return heard.event == "system"
+
+
+def assert_nothing_in(received: Iterable[str | bytes], *never: str) -> None:
+    """Search all but the answers to joins, which say what the client has said."""
+    for message in received:
+        assert isinstance(message, str)
+        if json.loads(message)[3] != "phx_reply":
+            for one in never:
+                assert one not in message
+
+
+# Seen in part
+
+
+class Seen(NamedTuple):
+    """A change as a channel has it, without the keys that begin with a ``$``."""
+
+    type: str
+    record: Any
+    old_record: Any
+    leaving: bool = False
+
+
+def seen_of(data: Any) -> Seen:
+    rows = [
+        None if row is None else {name: row[name] for name in row if name[0] != "$"}
+        for row in (data.get("record"), data.get("old_record"))
+    ]
+    return Seen(data["type"], *rows, data.get("leaving", False))
+
+
+OWN_SEEN: Final = {"id": 1, "owner": "ada", "body": "hello", "card": "*" * 12 + "1234"}
+
+BINDINGS: Final = {
+    "a filter that would widen": [{**MESSAGES, "filter": "owner=in.(bob,ada)"}],
+    "a row that comes and does not pass the filter that it passed before": [
+        {**MESSAGES, "filter": "body=like.SECRET%"}
+    ],
+}
+"""Where it is said in another way here than in a query."""
+
+OTHERWISE: Final[dict[str, Sequence[Seen]]] = {
+    "a second subscription of the same table": [
+        Seen("INSERT", {"id": 1}, None),
+        Seen("INSERT", OWN_SEEN, None),
+    ],
+    "rows that are truncated": [],
+}
+"""What is seen otherwise: each binding has its change, and no truncate comes."""
+
+WITH_ANOTHER_KEY: Final = (
+    "a row that comes with another key",
+    "without the old row: one that comes",
+    "an identity of its own: one that comes",
+)
+"""Of what came from elsewhere not even the key is told, unless it is the new row's."""
+
+
+def bindings_of(scene: Scene, *, leaving: bool) -> list[dict[str, Any]]:
+    """Ask for what the query of a scene asks for."""
+    bindings: list[dict[str, Any]] = []
+    for key, value in scene.query:
+        match key:
+            case "table":
+                schema, table = value.split(".")
+                bindings.append({"event": "*", "schema": schema, "table": table})
+            case "columns":
+                bindings[-1]["select"] = value.split(",")
+            case "where":
+                bindings[-1]["filter"] = value
+    bindings = [dict(one) for one in BINDINGS.get(scene.name, bindings)]
+    return [{**one, "leaving": leaving} for one in bindings] + [MARKS]
+
+
+def expected(scene: Scene, *, leaving: bool) -> list[Seen]:
+    """Say what Ada sees of a scene by a channel."""
+    if scene.name in OTHERWISE:
+        return list(OTHERWISE[scene.name])
+    if scene.leaves:
+        ((_, row, identity),) = scene.seen
+        return [Seen("UPDATE", row or {}, identity, leaving=True)] if leaving else []
+    return [_expected(scene, *one) for one in scene.seen]
+
+
+def _expected(scene: Scene, operation: str, row: Any, identity: Any) -> Seen:
+    if operation == "update" and identity is None:
+        identity = {} if scene.name in WITH_ANOTHER_KEY else {"id": row["id"]}
+    return Seen(operation.upper(), row, identity)
+
+
+def until_mark(client: Phoenix, name: str, note: str) -> list[Any]:
+    """Return the changes of a channel up to a mark."""
+    changes: list[Any] = []
+    while True:
+        heard = client.hear()
+        if heard.event == "system":
+            assert heard.payload["status"] == "ok", heard
+        if heard.event != "postgres_changes" or heard.topic != f"realtime:{name}":
+            continue
+        data = heard.payload["data"]
+        if data["table"] != "marks":
+            changes.append(data)
+        elif data["record"]["note"] == note:
+            return changes
+
+
+def marked(site: Site, note: str) -> tuple[str, str]:
+    """Make a moment of its own, behind all that came before; return its position and its time."""
+    with phoenix(site.service.url, site.tokens.good()) as client:
+        client.join("moment", [{**MARKS, "since": None}])
+        site.mark(note)
+        [data] = client.changes(1)
+    ((moment,),) = site.database.execute("SELECT clock_timestamp()")
+    return data["record"]["$position"], moment.isoformat()
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+def test_of_what_happens_a_reader_sees_what_is_theirs(site: Site, scene: Scene) -> None:
+    """As it is published, and from wherever it is asked for again."""
+    site.database.execute(CLEAN)
+    if scene.before:
+        site.database.execute(scene.before)
+    begin, moment = marked(site, f"before {scene.name}")
+    token = site.tokens.good(**scene.claims)
+    with ExitStack() as opened:
+        clients = {
+            leaving: opened.enter_context(phoenix(site.service.url, token))
+            for leaving in (False, True)
+        }
+        for leaving, client in clients.items():
+            client.join("live", bindings_of(scene, leaving=leaving))
+        perform(site, scene)
+        for leaving, client in clients.items():
+            verify(scene, until_mark(client, "live", scene.name), leaving=leaving)
+            for since in (begin, begin.partition(":")[0], moment):
+                bindings = bindings_of(scene, leaving=leaving)
+                client.join(since, [{**one, "since": since} for one in bindings])
+                verify(scene, until_mark(client, since, scene.name), leaving=leaving)
+            never = "SECRET", "pin", "bob", token
+            assert_nothing_in((one.replace(scene.name, "") for one in texts(client)), *never)
+
+
+def texts(client: Phoenix) -> list[str]:
+    return [one for one in client.received if isinstance(one, str)]
+
+
+def verify(scene: Scene, changes: Sequence[Any], *, leaving: bool) -> None:
+    assert [seen_of(one) for one in changes] == expected(scene, leaving=leaving)
+    for one in changes:
+        assert ("$leaving" in (one.get("record") or {})) == bool(one.get("leaving"))
