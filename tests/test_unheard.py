@@ -8,8 +8,22 @@ import pytest
 
 from walstream import config
 from walstream.cli.streaming import tell_unheard
+from walstream.errors import ConfigError
 
+REALTIME: dict[str, Any] = {
+    "realtime": {"enabled": True},
+    "access": {"anonymous_role": "anybody", "roles": {"anybody": {}}},
+}
 LIVE: dict[str, Any] = {"sinks": {"live": {"type": "live"}}}
+
+
+EVENTS = ("live_sink_unheard", "journal_unused", "realtime_unheard", "realtime_without_changes")
+
+
+def test_realtime_for_nobody_is_refused() -> None:
+    """Without a key, an API key or an anonymous role nobody could connect."""
+    with pytest.raises(ConfigError, match="nobody could connect"):
+        config.parse({"realtime": {"enabled": True}})
 
 
 @pytest.mark.parametrize(
@@ -20,6 +34,9 @@ LIVE: dict[str, Any] = {"sinks": {"live": {"type": "live"}}}
         (LIVE | {"journal": {"path": "journal.sqlite3"}}, []),
         ({"journal": {"path": "journal.sqlite3"}}, ["journal_unused"]),
         ({}, []),
+        (REALTIME | LIVE, ["live_sink_unheard", "realtime_unheard"]),
+        (REALTIME | LIVE | {"http": {"listen": "127.0.0.1:0"}}, []),
+        (REALTIME | {"http": {"listen": "127.0.0.1:0"}}, ["realtime_without_changes"]),
     ],
 )
 def test_it_is_told(
@@ -28,4 +45,4 @@ def test_it_is_told(
     """Nothing else is."""
     tell_unheard(config.parse(content))
     out = capsys.readouterr().out
-    assert [event for event in ("live_sink_unheard", "journal_unused") if event in out] == told
+    assert [event for event in EVENTS if event in out] == told

@@ -213,6 +213,10 @@ def tell_unheard(settings: Config) -> None:
         log.warning("live_sink_unheard", hint="nothing listens: write listen under [http]")
     if settings.journal.path is not None and not has_live_sink:
         log.warning("journal_unused", hint='route tables to a sink of type = "live"')
+    if settings.realtime.enabled and settings.http.listen is None:
+        log.warning("realtime_unheard", hint="nothing listens: write listen under [http]")
+    elif settings.realtime.enabled and not has_live_sink:
+        log.warning("realtime_without_changes", hint='route tables to a sink of type = "live"')
 
 
 def load_app(path: str) -> Walstream:

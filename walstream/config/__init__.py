@@ -753,6 +753,11 @@ class Config(BaseSettings):
         access: AccessConfig | None = info.data.get("access")
         if access is not None:
             value.verify_roles(access.roles)
+            if value.enabled and not access.is_given:
+                raise ValueError(
+                    "found enabled = true, and nobody could connect; allowed: with a key of tokens,"
+                    " api_keys or an anonymous_role under [access]"
+                )
         return value
 
     def own_tables(self) -> frozenset[Relation]:
