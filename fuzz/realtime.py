@@ -25,10 +25,11 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["walstream.realtime"]):
-    from walstream.realtime.channels import Channel, Incoming
+    from walstream.realtime.channels import Channel
     from walstream.realtime.events import Answer, Event, Joining, Left, Overrun
     from walstream.realtime.frames import split
     from walstream.realtime.messages import (
+        ClientMessage,
         Malformed,
         Message,
         Version,
@@ -57,11 +58,11 @@ def take_frame(data: bytes) -> None:
             look(Version.V2, data[1:])
 
 
-def look(version: Version, data: str | bytes) -> Incoming | None:
+def look(version: Version, data: str | bytes) -> ClientMessage | None:
     """Read a frame and all that is in it; nothing but `Malformed` may come of it."""
     try:
         if isinstance(data, bytes) and version is Version.V2:
-            found: Incoming = decode_binary(data)
+            found: ClientMessage = decode_binary(data)
         else:
             found = decode(version, data)
     except Malformed:

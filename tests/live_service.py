@@ -91,6 +91,19 @@ def live_service(
         more: further sections of the configuration.
         routes: in place of the route of all tables.
     """
+    configure(command_line, dsn, slot, more=more, routes=routes)
+    with command_line.running("run") as process:
+        address = command_line.wait_for("http_listening")["address"]
+        command_line.wait_for("streaming")
+        yield LiveService(str(address))
+        process.terminate()
+        process.wait(20)
+
+
+def configure(
+    command_line: CommandLine, dsn: str, slot: str, *, more: str = ANYBODY, routes: str = ""
+) -> None:
+    """Write the configuration for `live_service`."""
     everything = '[[routes]]\ntable = "*.*"\nto = "live"\n'
     command_line.write(
         "walstream.toml",
@@ -108,9 +121,3 @@ type = "live"
 {more}
 """,
     )
-    with command_line.running("run") as process:
-        address = command_line.wait_for("http_listening")["address"]
-        command_line.wait_for("streaming")
-        yield LiveService(str(address))
-        process.terminate()
-        process.wait(20)

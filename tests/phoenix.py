@@ -98,12 +98,18 @@ class Phoenix:
 
 
 @contextmanager
-def phoenix(url: str, token: str) -> Iterator[Phoenix]:
-    """Connect to a running walstream at an address of HTTP."""
-    address = url.replace("http://", "ws://")
-    query = f"apikey={token}&vsn=2.0.0"
+def phoenix(url: str, token: str, *, reads_ahead: bool = True) -> Iterator[Phoenix]:
+    """Connect to a running walstream at an address of HTTP.
+
+    Args:
+        url: of the server.
+        token: of who connects.
+        reads_ahead: whether messages are fetched before anybody asks for them.
+    """
+    address = f"{url.replace('http://', 'ws://')}/realtime/v1/websocket?apikey={token}&vsn=2.0.0"
+    max_queue = None if reads_ahead else 1
     with (
-        connect(f"{address}/realtime/v1/websocket?{query}", max_size=None) as connection,
+        connect(address, max_size=None, max_queue=max_queue, close_timeout=1) as connection,
         Phoenix(connection) as client,
     ):
         yield client

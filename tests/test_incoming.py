@@ -24,8 +24,8 @@ from walstream.gateway.incoming import (
     Ping,
     Pong,
     Violation,
-    close_frame,
 )
+from walstream.realtime.frames import close_frame
 
 MAX_BYTES = 100
 

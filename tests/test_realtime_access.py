@@ -32,6 +32,7 @@ from tests.access_scenes import (
 )
 from tests.conftest import StartCluster
 from tests.phoenix import Heard, Phoenix, phoenix
+from tests.postgres import wait_until
 from walstream.testing.databases import Database
 
 API_KEY: Final = "sb_publishable_secret_of_nobody"
@@ -553,6 +554,56 @@ def with_positions(live: Sequence[Any], again: Sequence[Any]) -> list[Any]:
 
 
 # Attempts
+
+
+FILL: Final = "INSERT INTO listed SELECT i, repeat('x', 9000) FROM generate_series(1, %s::int) i"
+LISTED: Final = {"event": "*", "schema": "public", "table": "listed"}
+TOLD: Final = {"type": "broadcast", "event": "done", "payload": {}}
+
+
+def wait_until_stuck(site: Site) -> None:
+    """Wait until nothing more can be sent, since the client does not read."""
+    counts = [-1]
+
+    def is_stuck() -> bool:
+        metrics = httpx.get(f"{site.service.url}/metrics").text
+        found = re.search(r"^walstream_live_sent_changes_total (\S+)", metrics, re.MULTILINE)
+        assert found is not None
+        counts.append(int(float(found[1])))
+        return counts[-1] == counts[-2]
+
+    wait_until(is_stuck)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_who_does_not_read_keeps_no_rights_by_that(site: Site, *, leaves: bool) -> None:
+    """Another token counts from when it is taken, for what waits to be sent, too.
+
+    The first binding has so much to send that it waits for the client, the second is live.
+    """
+    site.database.execute(CLEAN)
+    begin, _ = marked(site, "before many rows")
+    site.database.execute(FILL, 3000)
+    bindings = [{**LISTED, "since": begin}, MESSAGES]
+    admin, outsider = (site.tokens.good(role=role) for role in ("admin", "outsider"))
+    url = site.service.url
+    with phoenix(url, admin) as slow, phoenix(url, admin) as other:
+        other.join("slow", [MESSAGES])
+        slow.join("slow", bindings)
+        wait_until_stuck(site)
+        slow.send("realtime:slow", "access_token", {"access_token": outsider}, join_ref="1")
+        slow.send("realtime:slow", "broadcast", TOLD, join_ref="1")
+        other.wait_for(lambda heard: heard.event == "broadcast")
+        if leaves:
+            slow.send("realtime:slow", "phx_leave", {}, join_ref="1")
+        site.database.execute("INSERT INTO messages VALUES (1, 'ada', 'SECRET')")
+        other.changes(1)
+        slow.join("marks", [MARKS], token=outsider)
+        site.mark("many rows")
+        until_mark(slow, "marks", "many rows")
+        count = sum('"table":"listed"' in one for one in texts(slow))
+        assert 0 < count < 3000
+        assert_nothing_in(slow.received, "SECRET")
 
 
 def test_who_leaves_while_the_token_is_renewed_gets_nothing_more(site: Site) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jwt
@@ -13,7 +14,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from tests.command_line import CommandLine, slot_name
-from tests.live_service import LiveService, live_service
+from tests.live_service import LiveService, configure, live_service
 from tests.phoenix import Phoenix, phoenix
 from walstream.testing.databases import Database, create_database, drop_database
 
@@ -242,7 +243,10 @@ def test_a_client_that_reads_nothing_is_cut_off_and_others_are_not(
     service: LiveService, database: Database
 ) -> None:
     few = {**NOTES, "filter": "owner=eq.few"}
-    with phoenix(service.url, token()) as slow, phoenix(service.url, token()) as quick:
+    with (
+        phoenix(service.url, token(), reads_ahead=False) as slow,
+        phoenix(service.url, token()) as quick,
+    ):
         slow.join("slow", [NOTES])
         quick.join("quick", [few])
         database.execute(
@@ -254,3 +258,33 @@ def test_a_client_that_reads_nothing_is_cut_off_and_others_are_not(
         with pytest.raises(ConnectionClosed) as closed:
             slow.changes(20_000)
     assert closed.value.rcvd is None or closed.value.rcvd.code == 1013
+
+
+def test_a_join_is_answered_once_changes_are_sure_to_come(
+    database: Database, tmp_path: Path
+) -> None:
+    """A standby has none: it answers when it has taken over, or when the client's time is up."""
+    slot = slot_name()
+    active, standby = CommandLine(tmp_path / "active"), CommandLine(tmp_path / "standby")
+    for one in (active, standby):
+        one.folder.mkdir()
+        configure(one, database.dsn, slot, more=CONFIGURATION)
+    with active.running("run") as process:
+        active.wait_for("streaming")
+        with (
+            standby.running("run"),
+            phoenix(f"http://{standby.wait_for('http_listening')['address']}", token()) as client,
+        ):
+            patient = {"wait": True, "timeout": 300}
+            reply = client.join("early", [NOTES], postgres_changes_options=patient)
+            assert reply.payload["response"]["reason"] == (
+                "PostgresChangesSubscribeTimeout: Timed out after 300ms waiting for the"
+                " postgres_changes subscription"
+            )
+            join = {"config": {"postgres_changes": [NOTES]}}
+            ref = client.send("realtime:later", "phx_join", join)
+            process.terminate()
+            reply = client.wait_for(lambda heard: heard.ref == ref)
+            assert reply.payload["status"] == "ok"
+            database.execute("INSERT INTO notes VALUES (700, 'ada', 'x')")
+            assert ids(client.changes(1)) == [700]

@@ -28,11 +28,18 @@ from tests.frames import Frame, masked, read_frame
 from tests.serving import Streams, clients, connect, get, heartbeat, port_of, serving
 from walstream.gateway import Gateway, inbox, shared, socket_connection, stalls
 from walstream.gateway import sockets as gateway_sockets
-from walstream.gateway.incoming import BINARY, CLOSE, PING, PONG, TEXT
 from walstream.gateway.socket_connection import SocketConnection
 from walstream.gateway.sockets import Socket, open_socket, refuse
 from walstream.gateway.streams import Ended
-from walstream.realtime.frames import binary_frame, text_frame
+from walstream.realtime.frames import (
+    BINARY,
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    binary_frame,
+    text_frame,
+)
 
 Waits = Callable[..., Awaitable[Any]]
 
@@ -273,7 +280,7 @@ async def test_an_endpoint_can_wait_for_a_client_that_leaves_before_its_answer()
     async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
         assert (await receive())["type"] == "websocket.connect"
         assert (await receive())["type"] == "websocket.disconnect"
-        async with open_socket(scope, _nothing, send) as socket:
+        async with open_socket(scope, _nothing, send, max_bytes=MAX_BYTES) as socket:
             socket.write(text_frame(b"to nobody"))
             assert await socket.receive() is None
             gone.set_result(await socket.ended())

@@ -10,8 +10,6 @@ import msgspec
 
 from bench.fanout.delivered import Delivered
 
-HEADERS_END: Final = b"\r\n\r\n"
-
 STREAMING: Final = b"\nevent: streaming\n"
 
 INSERT: Final = b"\nevent: insert\n"

@@ -139,6 +139,7 @@ def shows(page: Page, selector: str, expected: list[str]) -> None:
 
 # ---- live-messages
 
+LOADED: Final = "performance.getEntriesByType('resource').map((one) => new URL(one.name).pathname)"
 SAY: Final = "INSERT INTO messages_v2 (conversation_id, sender, content) VALUES (%s, %s, %s)"
 
 
@@ -177,6 +178,7 @@ def test_messages_that_were_missed_while_the_network_was_cut_are_shown(
     page = open_live(site)
     site.database.execute(SAY, "abc-123", "Ada", "0")
     shows(page, "li", ["Ada 0"])
+    until(page, f"{LOADED}.includes('/messages')")
     page.evaluate("performance.clearResourceTimings()")
     site.proxy.refuse()
     site.proxy.cut()
@@ -188,8 +190,7 @@ def test_messages_that_were_missed_while_the_network_was_cut_are_shown(
     )
     site.proxy.restore()
     shows(page, "li", [f"Ada {number}" for number in range(MISSED + 1)])
-    loaded = "performance.getEntriesByType('resource').map((one) => new URL(one.name).pathname)"
-    assert "/messages" not in page.evaluate(loaded), "they came as changes"
+    assert "/messages" not in page.evaluate(LOADED), "they came as changes"
 
 
 # ---- collaborative-editing

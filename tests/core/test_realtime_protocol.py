@@ -10,23 +10,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from walstream.realtime.channels import Channel
+from walstream.realtime.events import (
+    Answer,
+    Broadcasting,
+    Event,
+    Joining,
+    Left,
+    Overrun,
+    TokenGiven,
+    Tracking,
+    Untracking,
+)
 from walstream.realtime.frames import split
 from walstream.realtime.messages import Version
 from walstream.realtime.protocol import (
     MAX_HELD_BYTES,
     MAX_JOIN_BYTES,
-    Answer,
-    Broadcasting,
-    Channel,
-    Event,
-    Joining,
-    Left,
-    Overrun,
     Protocol,
     ProtocolLimits,
-    TokenGiven,
-    Tracking,
-    Untracking,
 )
 
 V1, V2 = Version.V1, Version.V2

@@ -20,6 +20,7 @@ from walstream.changes import Change, Column, Layout, Operation, Relation, Row
 from walstream.errors import DecodeError
 from walstream.projection import Projection
 from walstream.router import TablePattern
+from walstream.values import FLOAT4_OID, FLOAT8_OID, NUMERIC_OID
 
 Printed: TypeAlias = bytes | None
 """A value as the server prints it; None is null."""
@@ -122,8 +123,8 @@ def is_shown(asked: Asked, shown: dict[str, Printed], layout: Layout) -> bool:
     )
 
 
-_FLOATS: Final = frozenset({700, 701, 1700})
-"""float4, float8, numeric: wal2json prints null for what no JSON number is."""
+_FLOATS: Final = frozenset({FLOAT4_OID, FLOAT8_OID, NUMERIC_OID})
+"""Of these wal2json prints null for what no JSON number is."""
 
 _NO_NUMBERS: Final = frozenset({b"NaN", b"Infinity", b"-Infinity"})
 

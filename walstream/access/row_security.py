@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import psycopg
@@ -23,6 +23,7 @@ from walstream.access.failures import Failures
 from walstream.access.questions import (
     Asked,
     Lookup,
+    Printed,
     Question,
     asked_of,
     asked_relation,
@@ -211,7 +212,7 @@ class RowSecurity:
             for place, one in enumerate(asked, start=1)
         ]
 
-    async def _rows(self, batch: _Batch, question: Question) -> dict[int, Sequence[Any]] | None:
+    async def _rows(self, batch: _Batch, question: Question) -> dict[int, Sequence[Printed]] | None:
         """Return what is shown, by place, and note who is slow; None when it is too early."""
         who = (batch.persona, batch.lookup.relation)
         async with self._connections.borrowed(is_slow=who in self._slow) as connection:
@@ -274,7 +275,7 @@ class _Desk:
 
     def __init__(
         self,
-        answer: Callable[[Sequence[Change]], Any],
+        answer: Callable[[Sequence[Change]], Awaitable[list[bool]]],
         at_end: Callable[[], object],
     ) -> None:
         self._answer = answer

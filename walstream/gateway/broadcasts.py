@@ -19,8 +19,9 @@ from starlette.routing import Route
 
 from walstream.access import Reader
 from walstream.gateway.answers import NO_STORE, Answering, refused, refusing
-from walstream.gateway.tokens import token_of
+from walstream.gateway.tokens import api_key_of, token_of
 from walstream.live.subscriptions import RequestRefused
+from walstream.realtime.channels import PREFIX
 from walstream.realtime.messages import MAX_TOPIC_CHARACTERS, Malformed, verify_json
 from walstream.realtime.rates import Rates
 from walstream.realtime.services import Services
@@ -65,13 +66,13 @@ def broadcast_routes(services: Services) -> list[Route]:
     """Make the paths; there are none unless the configuration wants them."""
     if not services.config.enabled:
         return []
-    desk = _Desk(services)
+    broadcasts = _Broadcasts(services)
     return [
         route
         for path in PATHS
         for route in (
-            Route(path, refusing(_telling(desk.say_all)), methods=["POST"]),
-            Route(path + "/{rest:path}", refusing(_telling(desk.say_one)), methods=["POST"]),
+            Route(path, refusing(_telling(broadcasts.say_all)), methods=["POST"]),
+            Route(path + "/{rest:path}", refusing(_telling(broadcasts.say_one)), methods=["POST"]),
         )
     ]
 
@@ -89,8 +90,8 @@ def _telling(answering: Answering) -> Answering:
     return answer
 
 
-class _Desk:
-    """Where messages are handed in."""
+class _Broadcasts:
+    """Says what is handed in, if all of it may be said."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -131,7 +132,7 @@ class _Desk:
         self._count(request, reader, len(sayings))
         for saying in sayings.values():
             self._services.rooms.broadcast(
-                (f"realtime:{saying.topic}", bool(saying.private)),
+                (PREFIX + saying.topic, bool(saying.private)),
                 saying.event,
                 saying.content,
                 is_json=is_json,
@@ -177,13 +178,7 @@ class _Desk:
 
 def _token_of(request: Request) -> str | None:
     """Return the user's token if there is one, and otherwise the key of the application."""
-    return (
-        token_of(request.scope)
-        or request.headers.get("apikey")
-        or request.headers.get("x-api-key")
-        or request.query_params.get("apikey")
-        or None
-    )
+    return token_of(request.scope) or request.headers.get("apikey") or api_key_of(request)
 
 
 async def _body(request: Request, most: int) -> bytes:
@@ -233,7 +228,7 @@ def _verify_name(key: str, name: str, *, is_json: bool) -> None:
     if len(name) > MAX_TOPIC_CHARACTERS:
         reason = f"{key}: has more than {MAX_TOPIC_CHARACTERS} characters"
         raise RequestRefused(_UNPROCESSABLE, reason)
-    most = _LONGEST_BINARY_NAME_BYTES - len("realtime:")
+    most = _LONGEST_BINARY_NAME_BYTES - len(PREFIX)
     if not is_json and len(name.encode()) > most:
         reason = f"{key}: has more than {most} bytes, which is too long with a payload in binary"
         raise RequestRefused(_UNPROCESSABLE, reason)

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
-from walstream.gateway.incoming import CloseCode, Closing, Incoming, Ping, Violation
+from walstream.gateway.incoming import Closing, Incoming, Ping, Violation
 from walstream.gateway.streams import HIGH_BYTES
+from walstream.realtime.frames import CloseCode
 
 MAX_WAITING: Final = 32
 """So many messages wait for the application."""

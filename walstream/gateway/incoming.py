@@ -10,6 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias, cast
 
+from walstream.realtime.frames import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    CONTROL_BYTES,
+    FIN,
+    PING,
+    PONG,
+    TEXT,
+    CloseCode,
+)
+
 try:
     from websockets.speedups import apply_mask
 except ImportError:  # where there is no compiled wheel
@@ -17,39 +29,15 @@ except ImportError:  # where there is no compiled wheel
 
 _unmask: Final = cast("Callable[[bytearray, bytearray], bytes]", apply_mask)
 
-CONTINUATION: Final = 0x0
-TEXT: Final = 0x1
-BINARY: Final = 0x2
-CLOSE: Final = 0x8
-PING: Final = 0x9
-PONG: Final = 0xA
-
-CONTROL_BYTES: Final = 125
-"""A control frame may have so much (5.5), and its head says so; a longer one says where to look."""
-
 _LENGTH_OF_TWO_BYTES: Final = 126
 _HEAD_BYTES: Final = 2
 _MASK_BYTES: Final = 4
 _CODE_BYTES: Final = 2
 
-_FIN: Final = 0x80
 _RESERVED: Final = 0x70
 _OPCODE: Final = 0x0F
 _MASKED: Final = 0x80
 _LENGTH: Final = 0x7F
-
-
-class CloseCode:
-    """Why a connection is closed (7.4.1, and IANA's registry)."""
-
-    NORMAL: Final = 1000
-    PROTOCOL_ERROR: Final = 1002
-    INVALID_TEXT: Final = 1007
-    POLICY_VIOLATION: Final = 1008
-    TOO_BIG: Final = 1009
-    INTERNAL_ERROR: Final = 1011
-    SERVICE_RESTART: Final = 1012
-
 
 _CODES: Final = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 """Those that may be in a frame."""
@@ -120,9 +108,9 @@ class Incoming:
         opcode = first & _OPCODE
         if opcode >= CLOSE:
             return _control(opcode, payload)
-        if opcode != CONTINUATION and first & _FIN:
+        if opcode != CONTINUATION and first & FIN:
             return _text(payload) if opcode == TEXT else payload
-        return self._join(opcode, payload, is_last=bool(first & _FIN))
+        return self._join(opcode, payload, is_last=bool(first & FIN))
 
     def _frame(self) -> tuple[int, bytes] | None:
         """Take a frame out of what came: its first byte, and what it carries."""
@@ -154,7 +142,7 @@ class Incoming:
         if not second & _MASKED:
             raise _broken("the frame is not masked")
         if opcode in (CLOSE, PING, PONG):
-            if not first & _FIN:
+            if not first & FIN:
                 raise _broken("a control frame is fragmented")
             if second & _LENGTH > CONTROL_BYTES:
                 raise _broken("a control frame is too long")
@@ -205,16 +193,3 @@ def _text(payload: bytes) -> str:
 
 def _broken(reason: str) -> Violation:
     return Violation(CloseCode.PROTOCOL_ERROR, reason)
-
-
-def control_frame(opcode: int, payload: bytes = b"") -> bytes:
-    """Make a frame of a server; the payload has at most `CONTROL_BYTES`."""
-    return bytes((_FIN | opcode, len(payload))) + payload
-
-
-def close_frame(code: int | None, reason: str = "") -> bytes:
-    """Make the last frame of a server; a long reason is cut (5.5.1)."""
-    if code is None:
-        return control_frame(CLOSE)
-    text = reason.encode()[: CONTROL_BYTES - 2].decode(errors="ignore")
-    return control_frame(CLOSE, code.to_bytes(2) + text.encode())

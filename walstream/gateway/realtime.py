@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from walstream.access.readers import Reader
 from walstream.access.refusals import ReaderRefused
 from walstream.gateway.sockets import open_socket, refuse
+from walstream.gateway.tokens import api_key_of
 from walstream.realtime.messages import Version
 from walstream.realtime.protocol import Protocol, ProtocolLimits
 from walstream.realtime.refusals import connect_refusal
@@ -56,7 +57,7 @@ class _Realtime:
             error = f"vsn: found {vsn[:20]!r}; allowed: {allowed}"
             await refuse(scope, receive, send, _BAD_REQUEST, {"error": error})
             return
-        token = _api_key(connection)
+        token = api_key_of(connection)
         try:
             reader = await self._services.gate.admit(token)
         except ReaderRefused as refusal:
@@ -74,7 +75,3 @@ class _Realtime:
             protocol = Protocol(version, self._limits)
             visit = Visit(self._services, protocol, socket, reader=reader, token=token)
             await visit.run()
-
-
-def _api_key(connection: HTTPConnection) -> str | None:
-    return connection.headers.get("x-api-key") or connection.query_params.get("apikey") or None

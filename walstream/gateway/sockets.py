@@ -4,7 +4,7 @@ An endpoint refuses, or opens the socket and reads until it is over::
 
     if (answer := refusal(scope)) is not None:
         return await refuse(scope, receive, send, 401, {"error": answer})
-    async with open_socket(scope, receive, send) as socket:
+    async with open_socket(scope, receive, send, max_bytes=1 << 20) as socket:
         hub.attach(socket.write)
         while (message := await socket.receive()) is not None:
             ...
@@ -28,14 +28,11 @@ from typing import Any, Final, TypeAlias
 
 from starlette.types import Message, Receive, Scope, Send
 
-from walstream.gateway.incoming import CloseCode
 from walstream.gateway.streams import Ended, Stream, ThroughStream
-from walstream.realtime.frames import split
+from walstream.realtime.frames import CloseCode, split
 
 EXTENSION: Final = "walstream.socket"
 """In ``scope["extensions"]`` an `OpenSocket` when the server is walstream's own."""
-
-MAX_MESSAGE_BYTES: Final = 5_000_000
 
 LINGER_SECONDS: Final = 2.0
 """So long a client may take to fetch what waits, and then to say goodbye."""
@@ -67,7 +64,7 @@ OpenSocket: TypeAlias = Callable[[int], Socket]
 
 @asynccontextmanager
 async def open_socket(
-    scope: Scope, receive: Receive, send: Send, *, max_bytes: int = MAX_MESSAGE_BYTES
+    scope: Scope, receive: Receive, send: Send, *, max_bytes: int
 ) -> AsyncIterator[Socket]:
     """Accept a client; it is told goodbye at the end of the block, if it is there still.
 

@@ -21,3 +21,8 @@ def token_of(scope: Scope) -> str | None:
     if scheme.lower() == "bearer" and credentials.strip():
         return credentials.strip()
     return connection.query_params.get("token") or None
+
+
+def api_key_of(connection: HTTPConnection) -> str | None:
+    """Return the key of an application, where Supabase's clients carry it; None without one."""
+    return connection.headers.get("x-api-key") or connection.query_params.get("apikey") or None

@@ -84,10 +84,13 @@ async def _replay(hub: Hub, client: Client, begin: Position) -> Position:
         missed = Missed(hub, client, begin)
         try:
             async for piece in missed:
+                if client.has_ended():  # it may have other rights by now
+                    return begin
                 client.outflow.write(piece)
+                begin = missed.position
                 await client.outflow.room()
                 if client.has_ended():
-                    return missed.position
+                    return begin
         except JournalTrimmed:  # it was slower than the history is long
             client.outflow.write(hub.reset_note(client.cohort.encoding, "trimmed"))
             begin = hub.position

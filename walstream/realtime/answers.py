@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
-from walstream.realtime.channels import Channel, Incoming
-from walstream.realtime.messages import Version, encode
+from walstream.realtime.channels import Channel
+from walstream.realtime.messages import ClientMessage, Version, encode
 
 _UNMATCHED: Final = {"reason": "unmatched topic"}
 
@@ -45,12 +45,12 @@ class Answers:
         return encode(self.version, channel.topic, "phx_close", b"{}", ref=ref, join_ref=ref)
 
     def _reply_to(
-        self, message: Incoming, join_ref: str | None, response: Mapping[str, Any], *, ok: bool
+        self, message: ClientMessage, join_ref: str | None, response: Mapping[str, Any], *, ok: bool
     ) -> bytes:
         """Answer a message that no channel is there for."""
         return self._reply(message.topic, message.ref, join_ref, response, ok=ok)
 
-    def _unmatched(self, messages: Iterable[Incoming]) -> bytes:
+    def _unmatched(self, messages: Iterable[ClientMessage]) -> bytes:
         return b"".join([self._reply_to(one, None, _UNMATCHED, ok=False) for one in messages])
 
     def _reply(

@@ -15,11 +15,21 @@ from walstream.live.clients import End, Outflow
 from walstream.live.hub import Hub
 from walstream.live.subscriptions import Limits
 from walstream.realtime.bindings import Binding, read_bindings
+from walstream.realtime.channels import Channel
+from walstream.realtime.events import Broadcasting
 from walstream.realtime.followings import Following
+from walstream.realtime.frames import CloseCode
 from walstream.realtime.messages import Version
-from walstream.realtime.protocol import Broadcasting, Channel
 from walstream.realtime.protocol import Protocol as Core
-from walstream.realtime.refusals import join_refusal, not_enabled
+from walstream.realtime.refusals import (
+    PRIVATE_ONLY,
+    expired,
+    join_refusal,
+    not_begun,
+    not_enabled,
+    not_readable,
+    not_writable,
+)
 from walstream.realtime.rooms import TrackRefused
 from walstream.realtime.services import Services
 from walstream.realtime.verifying import verify
@@ -30,8 +40,6 @@ JOIN_SECONDS: Final = 8.0
 
 _LOOK_AGAIN_SECONDS: Final = 0.1
 _LONGEST_TIMER_SECONDS: Final = 30 * 86400.0
-_SERVICE_RESTART: Final = 1012
-_TRY_AGAIN_LATER: Final = 1013
 
 
 class Caller(Protocol):
@@ -108,8 +116,7 @@ class Attendance:
 
     def renew(self, token: str) -> None:
         """Go on by another token, once it is verified."""
-        if token != self._token:
-            self._run(partial(self._renew, token))
+        self._run(partial(self._renew, token))
 
     def leave(self) -> None:
         """Be gone, at once."""
@@ -167,12 +174,7 @@ class Attendance:
         may = not self._channel.join.is_private or self._services.topics.may_write(
             self._reader, self._channel.name
         )
-        if may:
-            return ""
-        return (
-            "Unauthorized: You do not have permissions to write to this Channel topic:"
-            f" {self._channel.name}"
-        )
+        return "" if may else not_writable(self._channel.name)
 
     # The join
 
@@ -202,12 +204,9 @@ class Attendance:
     def _verify_topic(self) -> None:
         if not self._channel.join.is_private:
             if not self._services.config.public_channels:
-                raise JoinRefused("PrivateOnly: This project only allows private channels")
+                raise JoinRefused(PRIVATE_ONLY)
         elif not self._services.topics.may_read(self._reader, self._channel.name):
-            raise JoinRefused(
-                "Unauthorized: You do not have permissions to read from this Channel topic:"
-                f" {self._channel.name}"
-            )
+            raise JoinRefused(not_readable(self._channel.name))
 
     async def _subscribe(self, bindings: Sequence[Binding]) -> list[str]:
         """Find out where each binding begins; return what is wrong with others."""
@@ -245,10 +244,7 @@ class Attendance:
         deadline = time.monotonic() + seconds
         while (hub := self._services.hub()) is not None and not hub.has_begun:
             if time.monotonic() > deadline:
-                raise JoinRefused(
-                    f"PostgresChangesSubscribeTimeout: Timed out after {seconds * 1000:.0f}ms"
-                    " waiting for the postgres_changes subscription"
-                )
+                raise JoinRefused(not_begun(seconds))
             await asyncio.sleep(_LOOK_AGAIN_SECONDS)
         return hub
 
@@ -278,6 +274,8 @@ class Attendance:
     # What comes later
 
     async def _renew(self, token: str) -> None:
+        if token == self._token:
+            return
         before = self._reader.grants
         try:
             await self._admit(token)
@@ -308,7 +306,7 @@ class Attendance:
         if self._reader.expires_at is not None and self._reader.expires_at > time.time() + 1:
             self._expire_later()
         else:
-            self._close("Token has expired 0 seconds ago")
+            self._close(expired(0))
 
     def _close(self, message: str) -> None:
         """End by ourselves, and say why; nothing comes after that."""
@@ -319,7 +317,7 @@ class Attendance:
 
     def _end_connection(self, end: End) -> None:
         """Let the client connect anew: a channel alone cannot be told to come back."""
-        code = _TRY_AGAIN_LATER if end is End.SLOW else _SERVICE_RESTART
+        code = CloseCode.TRY_AGAIN_LATER if end is End.SLOW else CloseCode.SERVICE_RESTART
         self._caller.end(code, end)
 
     def _run(self, work: Callable[[], Awaitable[None]]) -> None:

@@ -27,6 +27,7 @@ from walstream.realtime.filters import (
     condition_on_rows,
     read_conditions,
 )
+from walstream.realtime.joins import truth
 from walstream.realtime.refusals import NOT_IN_SEVERAL, failed, not_given, unreadable
 from walstream.realtime.terms import term
 from walstream.router import TablePattern
@@ -162,7 +163,7 @@ def _read(binding: Binding, raw: Mapping[str, Any], limits: Limits) -> Binding:
         explicit=True,
         where=where,
         columns=None if select is None else frozenset(select),
-        leaving=_is_true(raw.get("leaving")),
+        leaving=truth(raw.get("leaving")),
         tells_departure=False,
         with_key=True,
     )
@@ -223,10 +224,6 @@ def _verify_since(raw: Mapping[str, Any]) -> None:
     if not isinstance(since, str | None):
         reason = 'expected the id of a change, an LSN, a time, "beginning" or null'
         raise _Refused(unreadable("since", reason))
-
-
-def _is_true(value: object) -> bool:
-    return value is True or (isinstance(value, str) and value.lower() == "true")
 
 
 def _too_many(count: int, limits: Limits) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Final
 
 from walstream.realtime.joins import Join
-from walstream.realtime.messages import BinaryBroadcast, Message
+from walstream.realtime.messages import ClientMessage, Message
 from walstream.realtime.rates import Rate
 
 PREFIX: Final = "realtime:"
 """Of every topic; the name of the channel follows."""
-
-Incoming: TypeAlias = Message | BinaryBroadcast
 
 
 class Channel:
@@ -26,7 +24,7 @@ class Channel:
         self.join: Final = join
         self.is_joined = False
         self.presence_calls: Final = presence_calls
-        self.held: list[Incoming] = []
+        self.held: list[ClientMessage] = []
         """What has come before the join was answered."""
 
     def is_meant_by(self, message: Message) -> bool:

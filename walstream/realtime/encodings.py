@@ -15,6 +15,7 @@ import msgspec
 
 from walstream.live.encodings import Form, Sighting
 from walstream.positions import Position
+from walstream.realtime.channels import PREFIX
 from walstream.realtime.frames import text_frame
 from walstream.realtime.messages import Version, encode
 from walstream.realtime.records import RealtimeForm
@@ -22,8 +23,6 @@ from walstream.realtime.records import RealtimeForm
 _FORMS: Final[dict[bool, Form]] = {
     with_position: RealtimeForm(with_position=with_position) for with_position in (False, True)
 }
-
-TOPIC_PREFIX: Final = "realtime:"
 
 MAX_COMBINED: Final = 64
 """So many combinations of bindings that see a change alike are remembered."""
@@ -96,7 +95,7 @@ class ChannelEncoding:
         version, topic, _, _ = self._key
         reason = _REASONS.get(content["reason"], content["reason"])
         payload = {
-            "channel": topic.removeprefix(TOPIC_PREFIX),
+            "channel": topic.removeprefix(PREFIX),
             "extension": "postgres_changes",
             "status": "error",
             "message": f"Changes may be missing: {reason}; what is kept begins behind"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
+from typing import Final
 
 from walstream.access.readers import Reader
 from walstream.live.clients import Client, End, Outflow
@@ -19,7 +20,7 @@ from walstream.realtime.bindings import Binding
 from walstream.realtime.encodings import ChannelEncoding
 from walstream.realtime.messages import Version
 
-HEARTBEAT_SECONDS = 3600.0
+HEARTBEAT_SECONDS: Final = 3600.0
 """The clients of this protocol send signs of life by themselves."""
 
 
@@ -77,16 +78,18 @@ class Following:
     def start(self, reader: Reader, tasks: asyncio.TaskGroup) -> None:
         """Let the changes come."""
         for bindings, beginning in self._begun.values():
-            self._follow(bindings, beginning, reader, tasks)
+            self._streams.append(self._follow(bindings, beginning, reader, tasks))
         self._begun.clear()
 
     async def renew(self, reader: Reader, tasks: asyncio.TaskGroup) -> None:
         """Go on as another reader: from where each stream has come to."""
-        streams = self._streams
-        self._streams = []
-        for stream in streams:
-            position = await stream.stop(self._hub)
-            self._follow(stream.bindings, Beginning(position), reader, tasks)
+        for stream in self._streams:
+            stream.stop(self._hub)
+        for place, stream in enumerate(self._streams):
+            position = await stream.stopped()
+            self._streams[place] = self._follow(
+                stream.bindings, Beginning(position), reader, tasks
+            )
 
     def leave(self) -> None:
         """Let no more come."""
@@ -101,7 +104,7 @@ class Following:
         beginning: Beginning,
         reader: Reader,
         tasks: asyncio.TaskGroup,
-    ) -> None:
+    ) -> _Stream:
         encoding = ChannelEncoding(
             version=self._version,
             topic=self._topic,
@@ -112,7 +115,7 @@ class Following:
         cohort = self._hub.cohort(subscriptions, reader, encoding)
         client = Client(cohort, self._outflow, self._max_queue_bytes)
         task = tasks.create_task(self._serve(client, beginning))
-        self._streams.append(_Stream(bindings, client, task))
+        return _Stream(bindings, client, task)
 
     async def _serve(self, client: Client, beginning: Beginning) -> Position:
         position = await serve(self._hub, client, beginning, HEARTBEAT_SECONDS)
@@ -124,7 +127,7 @@ class Following:
 class _Stream:
     """Some bindings of a channel, as one client of the hub."""
 
-    __slots__ = ("bindings", "client", "task")
+    __slots__ = ("_live_until", "bindings", "client", "task")
 
     def __init__(
         self, bindings: Sequence[Binding], client: Client, task: asyncio.Task[Position]
@@ -132,11 +135,15 @@ class _Stream:
         self.bindings = bindings
         self.client = client
         self.task = task
+        self._live_until: Position | None = None
 
-    async def stop(self, hub: Hub) -> Position:
-        """Let no more come, and return up to where all has."""
-        is_live = self.client in self.client.cohort.clients
-        position = hub.reached(self.client)
+    def stop(self, hub: Hub) -> None:
+        """Let no more come, from this moment on."""
+        if self.client in self.client.cohort.clients:
+            self._live_until = hub.reached(self.client)
         self.client.finish(End.LEFT)
+
+    async def stopped(self) -> Position:
+        """Wait until it has stopped, and return up to where all has come."""
         reached = await self.task
-        return position if is_live else reached
+        return reached if self._live_until is None else self._live_until

@@ -10,8 +10,21 @@ import struct
 from collections.abc import Iterator
 from typing import Final
 
-_FINAL_TEXT: Final = 0x81
-_FINAL_BINARY: Final = 0x82
+CONTINUATION: Final = 0x0
+TEXT: Final = 0x1
+BINARY: Final = 0x2
+CLOSE: Final = 0x8
+PING: Final = 0x9
+PONG: Final = 0xA
+"""Opcodes."""
+
+FIN: Final = 0x80
+
+CONTROL_BYTES: Final = 125
+"""A control frame may have so much (5.5), and its head says so; a longer one says where to look."""
+
+_FINAL_TEXT: Final = FIN | TEXT
+_FINAL_BINARY: Final = FIN | BINARY
 # A length up to 125 is in the second byte; 126 and 127 stand for two and eight bytes behind it.
 _MAX_SHORT: Final = 125
 _IN_TWO_BYTES: Final = 126
@@ -19,6 +32,19 @@ _IN_EIGHT_BYTES: Final = 127
 _MEDIUM: Final = struct.Struct(">BBH")
 _LONG: Final = struct.Struct(">BBQ")
 _MAX_MEDIUM: Final = 0xFFFF
+
+
+class CloseCode:
+    """Why a connection is closed (7.4.1, and IANA's registry)."""
+
+    NORMAL: Final = 1000
+    PROTOCOL_ERROR: Final = 1002
+    INVALID_TEXT: Final = 1007
+    POLICY_VIOLATION: Final = 1008
+    TOO_BIG: Final = 1009
+    INTERNAL_ERROR: Final = 1011
+    SERVICE_RESTART: Final = 1012
+    TRY_AGAIN_LATER: Final = 1013
 
 
 def text_frame(payload: bytes) -> bytes:
@@ -37,6 +63,19 @@ def _header(first: int, length: int) -> bytes:
     if length <= _MAX_MEDIUM:
         return _MEDIUM.pack(first, _IN_TWO_BYTES, length)
     return _LONG.pack(first, _IN_EIGHT_BYTES, length)
+
+
+def control_frame(opcode: int, payload: bytes = b"") -> bytes:
+    """Make a control frame; the payload has at most `CONTROL_BYTES`."""
+    return _header(FIN | opcode, len(payload)) + payload
+
+
+def close_frame(code: int | None, reason: str = "") -> bytes:
+    """Make the last frame; a long reason is cut (5.5.1)."""
+    if code is None:
+        return control_frame(CLOSE)
+    text = reason.encode()[: CONTROL_BYTES - 2].decode(errors="ignore")
+    return control_frame(CLOSE, code.to_bytes(2) + text.encode())
 
 
 def split(frames: bytes) -> Iterator[tuple[bool, bytes]]:

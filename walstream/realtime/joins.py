@@ -54,16 +54,16 @@ def read_join(payload: Any) -> Join:
     options = _mapping(config.get("postgres_changes_options"))
     return Join(
         bindings=_bindings(config.get("postgres_changes"), asked),
-        broadcast_self=_truth(broadcast.get("self")),
-        broadcast_ack=_truth(broadcast.get("ack")),
+        broadcast_self=truth(broadcast.get("self")),
+        broadcast_ack=truth(broadcast.get("ack")),
         presence_key=_key(presence.get("key")),
         # Clients from before this key never see anybody unless they get the state.
-        presence_enabled=_truth(presence.get("enabled"), default=True),
-        is_private=_truth(config.get("private")),
+        presence_enabled=truth(presence.get("enabled"), default=True),
+        is_private=truth(config.get("private")),
         token=_token(asked),
-        wait=_truth(options.get("wait")),
+        wait=truth(options.get("wait")),
         wait_seconds=_wait_seconds(options.get("timeout")),
-        wants_replication_ready=_truth(broadcast.get("replication_ready")),
+        wants_replication_ready=truth(broadcast.get("replication_ready")),
     )
 
 
@@ -78,6 +78,15 @@ def read_token(value: Any) -> str | None:
     if len(value) > _MAX_TOKEN_CHARACTERS:
         return value  # whatever it is, no token
     return _SPACE.sub("", unquote(value)) or None
+
+
+def truth(value: Any, *, default: bool = False) -> bool:
+    """Read a flag, which may be text."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return default
 
 
 def _token(asked: dict[str, Any]) -> str | None:
@@ -98,14 +107,6 @@ def _bindings(value: Any, asked: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         return ()
     common = {name: asked[name] for name in _OF_BINDINGS if name in asked}
     return tuple({**common, **one} for one in value if isinstance(one, dict))
-
-
-def _truth(value: Any, *, default: bool = False) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    return default
 
 
 def _key(value: Any) -> str:

@@ -17,7 +17,7 @@ import re
 from array import array
 from enum import StrEnum
 from itertools import accumulate
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import msgspec
 
@@ -77,6 +77,9 @@ class BinaryBroadcast(msgspec.Struct, frozen=True):
     metadata: dict[str, Any]
     is_json: bool
     payload: bytes
+
+
+ClientMessage: TypeAlias = Message | BinaryBroadcast
 
 
 class TextBroadcast(msgspec.Struct, frozen=True):

@@ -12,11 +12,11 @@ in which they were tracked, here and on every client; one that is tracked anew g
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
 
-_OURS = ("phx_ref", "phx_ref_prev")
+_OURS: Final = ("phx_ref", "phx_ref_prev")
 
 Member: TypeAlias = object
 """Whoever is present, by one meta."""

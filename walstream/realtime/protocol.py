@@ -22,7 +22,7 @@ from typing import Any, Final
 import msgspec
 
 from walstream.realtime.answers import Answers
-from walstream.realtime.channels import PREFIX, Channel, Incoming
+from walstream.realtime.channels import PREFIX, Channel
 from walstream.realtime.events import (
     Answer,
     Broadcasting,
@@ -37,6 +37,7 @@ from walstream.realtime.events import (
 from walstream.realtime.joins import Join, read_join, read_token
 from walstream.realtime.messages import (
     BinaryBroadcast,
+    ClientMessage,
     Malformed,
     Message,
     Version,
@@ -45,21 +46,6 @@ from walstream.realtime.messages import (
     decode_text_broadcast,
 )
 from walstream.realtime.rates import Rate
-
-__all__ = [
-    "Answer",
-    "Broadcasting",
-    "Channel",
-    "Event",
-    "Joining",
-    "Left",
-    "Overrun",
-    "Protocol",
-    "ProtocolLimits",
-    "TokenGiven",
-    "Tracking",
-    "Untracking",
-]
 
 MESSAGES_SECONDS: Final = 10.0
 """Messages are counted over so long: a client may send as many at once, if it then rests."""
@@ -145,13 +131,13 @@ class Protocol(Answers):
             return before
         return [*before, *self._take_new(message, now)]
 
-    def _decode(self, data: str | bytes) -> Incoming:
+    def _decode(self, data: str | bytes) -> ClientMessage:
         # Version 1.0.0 has JSON in frames of either kind.
         if isinstance(data, str) or self.version is Version.V1:
             return decode(self.version, data)
         return decode_binary(data)
 
-    def _take_new(self, message: Incoming, now: float) -> list[Event]:
+    def _take_new(self, message: ClientMessage, now: float) -> list[Event]:
         if isinstance(message, Message):
             match message.topic, message.event:
                 case "phoenix", "heartbeat":
@@ -165,7 +151,7 @@ class Protocol(Answers):
             return [Overrun("Too many messages per second")]
         return self._take(message, now)
 
-    def _take(self, message: Incoming, now: float) -> list[Event]:
+    def _take(self, message: ClientMessage, now: float) -> list[Event]:
         channel = self._channels.get(message.topic)
         if channel is None or not (channel.is_joined or self._may_hold(message)):
             return [Answer(self._unmatched([message]))]
@@ -222,7 +208,7 @@ class Protocol(Answers):
 
     # In a channel
 
-    def _take_joined(self, channel: Channel, message: Incoming, now: float) -> list[Event]:
+    def _take_joined(self, channel: Channel, message: ClientMessage, now: float) -> list[Event]:
         if isinstance(message, BinaryBroadcast):
             return [_binary_broadcasting(channel, message)]
         match message.event:
@@ -282,7 +268,7 @@ class Protocol(Answers):
     def _error(self, channel: Channel, message: Message, reason: str) -> Answer:
         return Answer(self.reply(channel, message.ref, {"reason": reason}, ok=False))
 
-    def _may_hold(self, message: Incoming) -> bool:
+    def _may_hold(self, message: ClientMessage) -> bool:
         return self._held_bytes + _held_bytes(message) <= MAX_HELD_BYTES
 
     # What the driver answers
@@ -318,14 +304,14 @@ class Protocol(Answers):
     def _has(self, channel: Channel) -> bool:
         return self._channels.get(channel.topic) is channel
 
-    def _remove(self, channel: Channel) -> list[Incoming]:
+    def _remove(self, channel: Channel) -> list[ClientMessage]:
         del self._channels[channel.topic]
         held, channel.held = channel.held, []
         self._held_bytes -= sum(map(_held_bytes, held))
         return held
 
 
-def _held_bytes(message: Incoming) -> int:
+def _held_bytes(message: ClientMessage) -> int:
     content = message.raw if isinstance(message, Message) else message.payload
     return _HELD_MESSAGE_BYTES + len(content)
 

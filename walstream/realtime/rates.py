@@ -10,8 +10,8 @@ import msgspec
 MOST_KNOWN: Final = 10_000
 """So many senders are known at once; the one who came first is forgotten before there are more."""
 
-
 _EPSILON: Final = 1e-9
+"""Sums of parts are not exact: the last one that may be done is not to fail for that."""
 
 
 class Rate(msgspec.Struct):

@@ -59,6 +59,29 @@ def expired(seconds_ago: int) -> str:
     return f"Token has expired {seconds_ago} seconds ago"
 
 
+# Channels
+
+PRIVATE_ONLY: Final = "PrivateOnly: This project only allows private channels"
+
+
+def not_readable(name: str) -> str:
+    """Tell that somebody may not be in a channel."""
+    return f"Unauthorized: You do not have permissions to read from this Channel topic: {name}"
+
+
+def not_writable(name: str) -> str:
+    """Tell that somebody may say nothing in a channel, and not be present there."""
+    return f"Unauthorized: You do not have permissions to write to this Channel topic: {name}"
+
+
+def not_begun(seconds: float) -> str:
+    """Tell that no changes have come for as long as a join waits for that."""
+    return (
+        f"PostgresChangesSubscribeTimeout: Timed out after {seconds * 1000:.0f}ms"
+        " waiting for the postgres_changes subscription"
+    )
+
+
 # Bindings
 
 NOT_IN_SEVERAL: Final = (

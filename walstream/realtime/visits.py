@@ -5,37 +5,33 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from typing import Final, assert_never
 from typing import Protocol as Interface
-from typing import assert_never
 
 import structlog
 
 from walstream.access.readers import Reader
 from walstream.live.clients import Outflow
 from walstream.realtime.attendances import Attendance
-from walstream.realtime.protocol import (
+from walstream.realtime.channels import Channel
+from walstream.realtime.events import (
     Answer,
     Broadcasting,
-    Channel,
     Event,
     Joining,
     Left,
     Overrun,
-    Protocol,
     TokenGiven,
     Tracking,
     Untracking,
 )
+from walstream.realtime.frames import CloseCode
+from walstream.realtime.protocol import Protocol
 from walstream.realtime.services import Services
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.realtime")
 
-TRY_AGAIN_LATER = 1013
-POLICY_VIOLATION = 1008
-"""Codes of the close frame (RFC 6455, 7.4.1, and IANA's registry)."""
-
-
-BEHIND_FACTOR = 8
+BEHIND_FACTOR: Final = 8
 """So much more may wait for a client that is not slow, while much is said at once."""
 
 
@@ -107,7 +103,7 @@ class Visit:
         if self._is_over:
             return
         if self._is_slow():
-            self.end(TRY_AGAIN_LATER, "slow")
+            self.end(CloseCode.TRY_AGAIN_LATER, "slow")
         else:
             self._socket.write(frames)
 
@@ -122,7 +118,7 @@ class Visit:
         if not self._is_over:
             self._is_over = True
             log.debug("socket_ended", reason=reason)
-            if code == TRY_AGAIN_LATER:
+            if code == CloseCode.TRY_AGAIN_LATER:
                 self._socket.drop()
             self._tasks.create_task(self._socket.close(code, reason))
 
@@ -180,4 +176,4 @@ class Visit:
         for channel in list(self._protocol.channels.values()):
             self.send(self._protocol.system(channel, "system", "error", reason))
             self.send(self._protocol.close(channel))
-        self.end(POLICY_VIOLATION, reason)
+        self.end(CloseCode.POLICY_VIOLATION, reason)
