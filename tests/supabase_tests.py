@@ -527,9 +527,9 @@ class ReturnTests:
         channel.on_changes(follow=True, table=table, since="0/1:1").subscribe()
         channel.wait_for(problems)
         assert problems(channel)[0].startswith("Changes may be missing: ")
-        service.execute(f"INSERT INTO {table} VALUES (1), (2)")
-        channel.wait_for(lambda it: 2 in it.ids())
-        assert channel.ids() == [1, 2]
+        if told.stays_joined_after_errors:
+            service.execute(f"INSERT INTO {table} VALUES (1), (2)")
+            channel.wait_for(lambda it: it.ids() == [1, 2])
 
     def test_a_connection_that_is_cut_is_made_again_and_nothing_else_is_needed(
         self, told: Told, service: SupabaseService

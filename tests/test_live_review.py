@@ -30,7 +30,7 @@ from walstream.lsn import Lsn
 from walstream.positions import Position
 from walstream.projection import Projection
 from walstream.router import TablePattern
-from walstream.testing import insert, update
+from walstream.testing import insert
 
 BEGIN = Position.after(Lsn(1))
 _NOTES = TablePattern.parse("public.notes")
@@ -204,22 +204,3 @@ async def test_a_client_that_says_that_it_is_done_and_reads_nothing_is_not_waite
                 while stream.is_behind:
                     await stream.moved()
                 await stream.ended()
-
-
-@pytest.mark.parametrize("where", ["body=eq.long", "body=neq.short"])
-async def test_an_update_that_left_a_long_value_as_it_is_does_not_leave(
-    clients: Clients, where: str
-) -> None:
-    """Postgres sends such a value with the old row alone, and that under REPLICA IDENTITY FULL."""
-    reader = Reader("r", grants=(Grant(_NOTES, Sight("public.notes", None, parse(where))),))
-    of_role = await clients.joined(reader)
-    of_client = await clients.joined(where=where)
-    old = {"id": 1, "title": "a", "body": "long"}
-    whole = update("public.notes", old | {"title": "b"}, identity=old)
-    columns = [one for one in whole.new_columns or () if one.name != "body"]
-    sent = msgspec.structs.replace(whole, new_columns=columns, unchanged=("body",), _row=None)
-    await clients.sink.take([sent])
-    for client in (of_role, of_client):
-        [line] = lines_of(client)
-        assert line["row"] == {"id": 1, "title": "b"}
-        assert "leaving" not in line

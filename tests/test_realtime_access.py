@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import httpx
+import jwt
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -356,7 +358,8 @@ def until_mark(client: Phoenix, name: str, note: str) -> list[Any]:
         heard = client.hear()
         if heard.event == "system":
             message = heard.payload["message"]
-            assert heard.payload["status"] == "ok" or NOT_ENABLED in message, message
+            is_told = NOT_ENABLED in message or "invalid column for filter" in message
+            assert heard.payload["status"] == "ok" or is_told, message
         if heard.event != "postgres_changes" or heard.topic != f"realtime:{name}":
             continue
         data = heard.payload["data"]
@@ -561,13 +564,25 @@ LISTED: Final = {"event": "*", "schema": "public", "table": "listed"}
 TOLD: Final = {"type": "broadcast", "event": "done", "payload": {}}
 
 
+@contextmanager
+def slow_phoenix(url: str, token: str) -> Iterator[Phoenix]:
+    """Connect so that little is on its way while it is not read."""
+    address = urlsplit(url)
+    target = f"ws://{address.netloc}/realtime/v1/websocket?apikey={token}&vsn=2.0.0"
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        one.connect((address.hostname, address.port))
+        with connect(target, sock=one, max_size=None) as connection, Phoenix(connection) as client:
+            yield client
+
+
 def wait_until_stuck(site: Site) -> None:
     """Wait until nothing more can be sent, since the client does not read."""
     counts = [-1]
 
     def is_stuck() -> bool:
         metrics = httpx.get(f"{site.service.url}/metrics").text
-        found = re.search(r"^walstream_live_sent_changes_total (\S+)", metrics, re.MULTILINE)
+        found = re.search(r"^walstream_live_sent_changes\S* (\S+)", metrics, re.MULTILINE)
         assert found is not None
         counts.append(int(float(found[1])))
         return counts[-1] == counts[-2]
@@ -584,10 +599,11 @@ def test_who_does_not_read_keeps_no_rights_by_that(site: Site, *, leaves: bool) 
     site.database.execute(CLEAN)
     begin, _ = marked(site, "before many rows")
     site.database.execute(FILL, 3000)
+    marked(site, "behind many rows")
     bindings = [{**LISTED, "since": begin}, MESSAGES]
     admin, outsider = (site.tokens.good(role=role) for role in ("admin", "outsider"))
     url = site.service.url
-    with phoenix(url, admin) as slow, phoenix(url, admin) as other:
+    with slow_phoenix(url, admin) as slow, phoenix(url, admin) as other:
         other.join("slow", [MESSAGES])
         slow.join("slow", bindings)
         wait_until_stuck(site)
@@ -629,3 +645,381 @@ def test_who_leaves_while_the_token_is_renewed_gets_nothing_more(site: Site) -> 
         site.mark("after leaving")
         until_mark(client, "marks", "after leaving")
         assert [one for one in texts(client) if '"realtime:left","postgres_changes"' in one] == []
+
+
+def problems(client: Phoenix, name: str, bindings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what is told of bindings that cannot be had, in their order."""
+    client.join(name, bindings)
+    told = [client.wait_for(is_system).payload for _ in bindings]
+    assert {(one["status"], one["extension"]) for one in told} == {("error", "postgres_changes")}
+    return [one["message"] for one in told]
+
+
+CONDITIONS: Final = [
+    f"{negation}{condition}"
+    for condition in (
+        *("eq.x", "neq.x", "lt.x", "lte.x", "gt.x", "gte.x", "in.(x,y)", "like.x%", "ilike.x%"),
+        *("is.null", "match.^x", "imatch.^x", "isdistinct.x"),
+    )
+    for negation in ("", "not.")
+]
+
+
+def test_a_hidden_column_is_as_one_that_is_not_there(site: Site) -> None:
+    """In each condition, alone and behind another, and in what is selected; so is a masked one."""
+    bindings = [
+        *({**MESSAGES, "filter": f"COLUMN={one}"} for one in CONDITIONS),
+        {**MESSAGES, "filter": "id=gt.0,COLUMN=eq.1"},
+        {**MESSAGES, "filter": "COLUMN=is.true"},
+        {**MESSAGES, "filter": "COLUMN=eq.1,unheard=eq.1"},
+        {**MESSAGES, "filter": "COLUMN=eq.1", "select": ["id", "unheard"]},
+        {**MESSAGES, "filter": "COLUMN=eq.1", "since": "no time", "leaving": True},
+    ]
+    selecting = [{**MESSAGES, "select": ["id", "COLUMN"]}]
+    with phoenix(site.service.url, site.tokens.good()) as client:
+
+        def told(column: str, bindings: Sequence[Mapping[str, Any]]) -> list[str]:
+            asked = json.loads(json.dumps(bindings).replace("COLUMN", column))
+            some = [asked[place : place + 16] for place in range(0, len(asked), 16)]
+            return [
+                one.replace(column, "COLUMN")
+                for place, few in enumerate(some)
+                for one in problems(client, f"{column} {place}", few)
+            ]
+
+        expected = told("nix", bindings)
+        assert all("invalid column for filter COLUMN" in one for one in expected)
+        for column in ("pin", "card", "ctid", "PIN", "xmin"):
+            assert told(column, bindings) == expected, column
+        expected = told("nix", selecting)
+        assert told("pin", selecting) == told("tableoid", selecting) == expected
+        assert "invalid column for select COLUMN" in expected[0]
+        # Of a table under row security, too.
+        secured = [{**SECURED_BINDING, "filter": "COLUMN=like.x%"}]
+        client.send("phoenix", "heartbeat", {})
+    with phoenix(site.service.url, site.tokens.good(role="member")) as client:
+        assert told("pin", secured) == told("nix", secured)
+
+
+TABLES: Final = (
+    ("public", "hidden"),
+    ("public", "unheard"),
+    ("app", "things"),
+    ("nowhere", "nothing"),
+    ("walstream", "dead_letters"),
+    ("pg_catalog", "pg_authid"),
+    ("information_schema", "tables"),
+    ("public", "secured"),
+    ("public", "Messages"),
+    ("PUBLIC", "messages"),
+    ("public", "messages "),
+    ("public", "message_"),
+    ("public", "mess%"),
+    ("public", "broken"),
+    ("public", "numbered"),
+    ("app", "*"),
+    ("nowhere", "*"),
+    ("walstream", "*"),
+    ("pg_catalog", "*"),
+    ("*", "hidden"),
+    ("*", "things"),
+    ("*", "nothing"),
+)
+
+
+def test_a_table_that_may_not_be_read_is_as_one_that_is_not_there(site: Site) -> None:
+    """With whatever is asked of it."""
+    asked: list[dict[str, Any]] = [
+        {},
+        {"filter": "body=eq.x"},
+        {"filter": "nix=eq.x"},
+        {"filter": "id=eq.x"},
+        {"filter": "body=match.("},
+        {"since": "beginning"},
+        {"since": "no time"},
+        {"since": "FFFFFFFF/0", "leaving": True},
+    ]
+    selecting = {"select": ["id", "nix"]}
+    with phoenix(site.service.url, site.tokens.good()) as client:
+        told: dict[tuple[str, str], list[str]] = {}
+        for schema, table in TABLES:
+            few = [*asked, selecting] if "*" not in (schema, table) else asked
+            bindings = [{"event": "*", "schema": schema, "table": table, **one} for one in few]
+            told[schema, table] = [
+                one.replace(f"schema: {schema}, table: {table}", "TABLE")
+                for one in problems(client, f"{schema}.{table}", bindings)
+            ]
+    assert all(NOT_ENABLED in one for messages in told.values() for one in messages)
+    for (schema, table), messages in told.items():
+        kind = ("nowhere", "*") if "*" in (schema, table) else ("nowhere", "nothing")
+        assert messages == told[kind], (schema, table)
+
+
+def test_what_a_hidden_column_holds_is_not_told_by_how_large_a_change_is(site: Site) -> None:
+    """Nor what the row was before it came."""
+    site.database.execute(CLEAN)
+    marked(site, "before large ones")
+    large = "repeat('x', 1100000)"
+    with phoenix(site.service.url, site.tokens.good()) as client:
+        client.join("large", [MESSAGES, MARKS])
+        site.database.execute(
+            f"INSERT INTO messages VALUES (1, 'ada', 'x', {large}), (2, 'bob', {large}, 'x');"
+            "UPDATE messages SET owner = 'ada', body = 'x' WHERE id = 2;"
+            f"INSERT INTO messages VALUES (3, 'ada', {large}, 'x')"
+        )
+        site.mark("large ones")
+        changes = until_mark(client, "large", "large ones")
+    assert [(seen_of(one).record["id"], one["errors"]) for one in changes] == [
+        (1, None),
+        (2, None),
+        (3, ["Error 413: Payload Too Large"]),
+    ]
+
+
+def test_one_channel_may_ask_for_what_it_may_have_and_for_what_not(site: Site) -> None:
+    """Each binding has its own rights, and its own ids."""
+    site.database.execute(CLEAN)
+    marked(site, "before both")
+    hidden = {"event": "*", "schema": "public", "table": "hidden"}
+    others = {**MESSAGES, "filter": "owner=eq.bob"}
+    by_pin = {**MESSAGES, "filter": "pin=eq.x"}
+    wanted = [hidden, MESSAGES, others, by_pin, {**MESSAGES, "select": ["body"]}, MARKS]
+    with phoenix(site.service.url, site.tokens.good()) as client:
+        reply = client.join("both", wanted).payload["response"]["postgres_changes"]
+        site.database.execute(
+            "INSERT INTO hidden VALUES (1, 'ada', 'SECRET');"
+            "INSERT INTO messages VALUES (1, 'ada', 'x', 'x'), (2, 'bob', 'SECRET', 'x')"
+        )
+        site.mark("both")
+        until_mark(client, "both", "both")
+        seen = [
+            (
+                payload["ids"],
+                payload["data"]["record"],
+                [c["name"] for c in payload["data"]["columns"]],
+            )
+            for _, _, _, event, payload in map(json.loads, texts(client))
+            if event == "postgres_changes" and payload["data"]["table"] != "marks"
+        ]
+        whole = {"id": 1, "owner": "ada", "body": "x", "card": None}
+        assert seen == [
+            ([reply[1]["id"]], whole, ["id", "owner", "body", "card"]),
+            ([reply[4]["id"]], {"id": 1, "body": "x"}, ["id", "body"]),
+        ]
+        assert_nothing_in((one for one in texts(client) if '"system"' not in one), "SECRET", "pin")
+
+
+def test_an_api_key_stands_for_its_role_and_no_other_key_does(site: Site) -> None:
+    url = site.service.url
+    for key in ("sb_publishable_", API_KEY[:-1], API_KEY + "x", API_KEY.upper(), " ", "\0"):
+        told = refused_connection(site, f"/socket/websocket?{urlencode({'apikey': key})}", {})
+        assert told == (401, {"error": MALFORMED.text})
+    with phoenix(url, API_KEY) as client:
+        # A library sends any such key where a user's token is expected: the connection's counts.
+        client.join("key", [MESSAGES, MARKS], token="sb_secret_another")
+        assert NOT_ENABLED in client.wait_for(is_system).payload["message"]
+        site.database.execute("DELETE FROM messages; INSERT INTO messages VALUES (1, 'ada', 'x')")
+        site.mark("by a key")
+        assert until_mark(client, "key", "by a key") == []
+        refused = client.join("user:ada", private=True)
+        assert refused.payload["status"] == "error"
+        assert client.join("news:x", private=True).payload["status"] == "error"
+        # A user's token lifts it.
+        assert (
+            client.join("user:ada", token=site.tokens.good(), private=True).payload["status"]
+            == "ok"
+        )
+
+
+def broadcast(event: str, **more: Any) -> dict[str, Any]:
+    return {"type": "broadcast", "event": event, "payload": {"said": event}, **more}
+
+
+def test_private_channels_are_for_roles_and_claims(site: Site) -> None:
+    """To be in one, to say something there, to be seen there, by a socket and by HTTP."""
+    url, tokens = site.service.url, site.tokens
+    ada, bob, star = (tokens.good(sub=sub) for sub in ("ada", "bob", "*"))
+    outsider = tokens.good(role="outsider")
+    config: dict[str, Any] = {"broadcast": {"ack": True}, "presence": {"enabled": True, "key": "k"}}
+    with ExitStack() as opened:
+        listener, spy, reader = (
+            opened.enter_context(phoenix(url, one)) for one in (ada, bob, outsider)
+        )
+        assert listener.join("user:ada", private=True, **config).payload["status"] == "ok"
+        assert listener.join("news:x", private=True, **config).payload["status"] == "ok"
+        for token in (
+            bob,
+            star,
+            outsider,
+            API_KEY,
+            tokens.good(role="admin"),
+            tokens.good(sub="ada*"),
+        ):
+            reply = spy.join("user:ada", token=token, private=True, **config).payload
+            reason = "You do not have permissions to read from this Channel topic: user:ada"
+            assert reply["response"] == {"reason": f"Unauthorized: {reason}"}
+        # The public channel of that name is another one.
+        public = spy.join("user:ada", **config).ref
+        spy.send("realtime:user:ada", "broadcast", broadcast("public"), join_ref=public)
+        spy.send("realtime:user:ada", "presence", track("spy"), join_ref=public)
+        # Who may only read is heard and seen by nobody.
+        ref = reader.join("news:x", private=True, **config).ref
+        for event, payload in (("broadcast", broadcast("reader")), ("presence", track("reader"))):
+            sent = reader.send("realtime:news:x", event, payload, join_ref=ref)
+            answer = reader.wait_for(lambda heard, sent=sent: heard.ref == sent)
+            assert answer.payload["status"] == "error"
+            assert "permissions to write" in answer.payload["response"]["reason"]
+        for token, topic, status in (
+            (bob, "user:ada", 403),
+            (outsider, "news:x", 403),
+            (API_KEY, "news:x", 403),
+            (None, "news:x", 401),
+            (ada, "user:ada", 202),
+            (ada, "news:x", 202),
+        ):
+            assert post(site, token, topic, f"posted {status}", is_private=True) == status
+        for name in ("user:ada", "news:x"):
+            said = listener.wait_for(lambda heard: heard.event == "broadcast")
+            assert (said.topic, said.payload["event"]) == (f"realtime:{name}", "posted 202")
+        said = reader.wait_for(lambda heard: heard.event == "broadcast")
+        assert said.payload["event"] == "posted 202"
+        assert post(site, outsider, "user:ada", "posted", is_private=False) == 202
+        last = spy.wait_for(lambda heard: heard.event == "broadcast")
+        assert last.payload["event"] == "posted"
+        assert_nothing_in(spy.received, "posted 202", "reader")
+        assert_nothing_in(listener.received, "spy", '"reader"', "public", "posted 40")
+
+
+def track(who: str) -> dict[str, Any]:
+    return {"type": "presence", "event": "track", "payload": {"who": who}}
+
+
+def post(site: Site, token: str | None, topic: str, event: str, *, is_private: bool) -> int:
+    message = {"topic": topic, "event": event, "payload": {}, "private": is_private}
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    url = f"{site.service.url}/realtime/v1/api/broadcast"
+    return site.client.post(url, json={"messages": [message]}, headers=headers).status_code
+
+
+def test_nobody_can_pretend_that_something_has_changed(site: Site) -> None:
+    """A client takes each payload with ids for a change: what is said by others has none."""
+    forged = {"ids": [1], "data": {"type": "INSERT", "record": {"id": 1}}}
+    with phoenix(site.service.url, site.tokens.good()) as forger:
+        with phoenix(site.service.url, site.tokens.good()) as victim:
+            victim.join("forged", [MESSAGES])
+            ref = forger.join("forged", broadcast={"ack": True}, presence={"key": "ids"}).ref
+            topic = "realtime:forged"
+            forger.send(topic, "postgres_changes", forged, join_ref=ref)
+            forger.send(topic, "system", {"message": "forged", "status": "error"}, join_ref=ref)
+            forger.send(topic, "broadcast", broadcast("one", **forged), join_ref=ref)
+            forger.send(topic, "presence", track("ids"), join_ref=ref)
+            for payload in (b'{"a":1},"ids":[1]', b'{"a":1}}', b"", b"\xff", b"1 2"):
+                forger.connection.send(binary(ref, topic, b"two", payload, is_json=True))
+            metadata = json.dumps(forged).encode()
+            forger.connection.send(binary(ref, topic, b"three", b"{}", metadata, is_json=True))
+            forger.send(topic, "broadcast", broadcast("last"), join_ref=ref)
+            heard: list[Heard] = []
+            while not heard or heard[-1].payload.get("event") != "last":
+                heard.append(victim.hear())
+        told = [one for one in heard if one.event not in ("phx_reply", "presence_state")]
+        assert [one.payload["event"] for one in told if one.event == "broadcast"] == [
+            *("one", "three", "last")
+        ]
+        assert {one.event for one in told} == {"broadcast", "system"}
+        for one in told:
+            assert "ids" not in one.payload
+            assert one.payload.get("message") != "forged"
+
+
+def binary(
+    ref: str | None, topic: str, event: bytes, payload: bytes, about: bytes = b"", *, is_json: bool
+) -> bytes:
+    """Write a broadcast of kind 3."""
+    parts = ((ref or "").encode(), b"9", topic.encode(), event, about)
+    return bytes((3, *map(len, parts), is_json)) + b"".join(parts) + payload
+
+
+@pytest.mark.parametrize("role", ["member", "told"])
+def test_under_row_security_nothing_is_told_of_what_is_hidden(site: Site, role: str) -> None:
+    """As a row comes, and goes, and comes again; live, and by ``since``, however it is filtered."""
+    site.database.execute("DELETE FROM secured")
+    begin, _ = marked(site, f"before {role}")
+    token = site.tokens.good(role=role)
+    asked = [
+        {},
+        {"leaving": True},
+        {"filter": "body=like.%SECRET%", "leaving": True},
+        {"filter": "body=not.is.null", "select": ["body"], "leaving": True},
+        {"filter": "owner=isdistinct.ada", "leaving": True},
+        {"filter": "id=eq.1", "leaving": True},
+        {"event": "DELETE", "filter": "body=eq.SECRET"},
+    ]
+    bindings = [{**SECURED_BINDING, **one} for one in asked]
+    steps = (
+        "INSERT INTO secured VALUES (1, 'bob', 'SECRET')",
+        "UPDATE secured SET body = 'SECRET again'",
+        "UPDATE secured SET owner = 'ada', body = 'hers'",
+        "UPDATE secured SET id = 2",
+        "UPDATE secured SET owner = 'bob', body = 'SECRET'",
+        "UPDATE secured SET id = 1",
+        "DELETE FROM secured",
+        "BEGIN; INSERT INTO secured VALUES (1, 'bob', 'SECRET');"
+        "UPDATE secured SET owner = 'ada', body = 'at last'; COMMIT",
+        "TRUNCATE secured",
+    )
+    whole = {"id": 1, "owner": "ada", "body": "hers"}
+    with phoenix(site.service.url, token) as client:
+        reply = client.join("live", [*bindings, MARKS]).payload["response"]["postgres_changes"]
+        for place, step in enumerate(steps):
+            site.database.execute(step)
+            site.mark(f"{role} {place}")
+            until_mark(client, "live", f"{role} {place}")
+        all_ids = [one["id"] for one in reply]
+        seen = [
+            (seen_of(payload["data"]), [all_ids.index(one) for one in payload["ids"]])
+            for _, _, _, event, payload in map(json.loads, texts(client))
+            if event == "postgres_changes" and payload["data"]["table"] == "secured"
+        ]
+        deletes = [(Seen("DELETE", None, {"id": 1}), [0, 1, 5])] if role == "told" else []
+        moved = {**whole, "id": 2}
+        assert [one for one in seen if one[0].type != "DELETE"][:4] == [
+            (Seen("UPDATE", whole, {"id": 1}), [0, 1, 5]),
+            (Seen("UPDATE", {"id": 1, "body": "hers"}, {"id": 1}), [3]),
+            (Seen("UPDATE", moved, {}), [0, 1]),
+            (Seen("UPDATE", {"id": 2, "body": "hers"}, {}), [3]),
+        ]
+        assert [one for one in seen if one[0].type == "DELETE"] == deletes
+        client.join("again", [{**one, "since": begin} for one in [*bindings, MARKS]])
+        again = until_mark(client, "again", f"{role} {len(steps) - 1}")
+        assert {one["type"] for one in again} == ({"DELETE"} if role == "told" else set())
+        assert_nothing_in(client.received, "SECRET", "bob", "pin", token)
+
+
+def test_a_replay_ends_when_its_token_does(site: Site) -> None:
+    """Nothing comes behind the end of the channel, of what waits to be sent neither."""
+    site.database.execute(CLEAN)
+    begin, _ = marked(site, "before a long replay")
+    site.database.execute(FILL, 3000)
+    marked(site, "behind a long replay")
+    bindings = [{**LISTED, "since": begin}, {**LISTED, "since": begin.partition(":")[0]}]
+    short = site.tokens.good(exp=int(time.time()) + 2)
+    with slow_phoenix(site.service.url, site.tokens.good()) as client:
+        client.join("long", bindings, token=short)
+        wait_until_stuck(site)
+        wait_until(lambda: is_expired(short))
+        system = client.wait_for(
+            lambda heard: is_system(heard) and heard.payload["extension"] == "system"
+        )
+        assert re.fullmatch(ENDED.joined, system.payload["message"])
+        assert client.hear().event == "phx_close"
+        count = sum('"table":"listed"' in one for one in texts(client))
+        assert 0 < count < 6000
+        client.join("marks", [MARKS])
+        site.mark("after the end")
+        until_mark(client, "marks", "after the end")
+        assert sum('"table":"listed"' in one for one in texts(client)) == count
+
+
+def is_expired(token: str) -> bool:
+    claims = jwt.decode(token, options={"verify_signature": False})
+    return bool(time.time() > claims["exp"] + 0.5)

@@ -44,6 +44,7 @@ secret = "{SECRET}"
 leeway_seconds = 0
 [access.roles.everybody]
 tables = [{{ table = "public.notes" }}]
+[access.roles.nobody]
 [access.roles.owner]
 tables = [{{ table = "public.notes", where = "owner=eq.{{claims.sub}}" }}]
 """
@@ -164,6 +165,27 @@ def test_nothing_is_lost_while_tokens_are_renewed(service: LiveService, database
             client.send("realtime:renewing", "access_token", roles, join_ref="1")
             writer.execute("INSERT INTO notes VALUES (%s, 'eve', 'x')", [400 + turn])
         assert ids(client.changes(15)) == list(range(400, 415))
+
+
+def test_what_the_first_token_may_not_read_comes_by_the_next_one(
+    service: LiveService, database: Database
+) -> None:
+    """A client joins with its API key, before it knows the user's token."""
+    with phoenix(service.url, token("nobody")) as client:
+        client.join("first-key", [NOTES])
+        system = client.wait_for(lambda heard: heard.event == "system")
+        assert system.payload["status"] == "error"
+        client.send("realtime:first-key", "access_token", {"access_token": token()}, join_ref="1")
+        system = client.wait_for(lambda heard: heard.event == "system")
+        assert system.payload["message"] == "Subscribed to PostgreSQL"
+        database.execute("INSERT INTO notes VALUES (350, 'ada', 'x')")
+        assert ids(client.changes(1)) == [350]
+        nobody = {"access_token": token("nobody")}
+        client.send("realtime:first-key", "access_token", nobody, join_ref="1")
+        system = client.wait_for(lambda heard: heard.event == "system")
+        assert "Please check Realtime is enabled" in system.payload["message"]
+        database.execute("INSERT INTO notes VALUES (351, 'ada', 'x')")
+        assert client.is_quiet()
 
 
 def test_a_token_that_is_refused_closes_the_channel(client: Phoenix) -> None:

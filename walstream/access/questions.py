@@ -16,7 +16,7 @@ import msgspec
 from psycopg import sql
 
 from walstream.access.readers import Persona, Sight
-from walstream.changes import Change, Column, Layout, Operation, Relation, Row
+from walstream.changes import Change, Column, Layout, Relation
 from walstream.errors import DecodeError
 from walstream.projection import Projection
 from walstream.router import TablePattern
@@ -71,7 +71,7 @@ def asked_of(change: Change, lookup: Lookup, sight: Sight, masked: frozenset[str
     """
     if not lookup.key:
         return None
-    row = _whole_row(change)
+    row = change.sent_row
     types = change.layout.types
     try:
         key = [
@@ -87,17 +87,6 @@ def asked_of(change: Change, lookup: Lookup, sight: Sight, masked: frozenset[str
         return None
     whole = tuple(one for one in key if one is not None and "\0" not in one)
     return Asked(whole, compared) if len(whole) == len(key) else None
-
-
-def _whole_row(change: Change) -> Row:
-    """Return the new row, with unchanged values that the old row has.
-
-    Clients' filters may have looked at those, too.
-    """
-    if change.operation is not Operation.UPDATE or not change.unchanged:
-        return change.sent_row
-    kept = [one for one in change.identity_columns or () if one.name in change.unchanged]
-    return Row(change.layout, [*(change.new_columns or ()), *kept])
 
 
 def _shows(projection: Projection | None, name: str) -> bool:

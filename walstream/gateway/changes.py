@@ -9,8 +9,8 @@ be taken up again at the last id.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -28,6 +28,7 @@ from walstream.gateway.streams import Stream, open_stream
 from walstream.gateway.tokens import token_of
 from walstream.live.clients import Client, Cohort, End
 from walstream.live.encodings import JSON_LINES, SERVER_SENT_EVENTS, Encoding
+from walstream.live.expiry import Expiry
 from walstream.live.hub import Hub
 from walstream.live.streams import Beginning, begin_at, page, serve
 from walstream.live.subscriptions import KEYS, Limits, RequestRefused, parse_subscriptions
@@ -167,13 +168,13 @@ class _Changes:
         ) as outflow:
             client = Client(wish.cohort, outflow, self._options.max_queue_bytes)
             leaving = asyncio.create_task(_until_left(outflow, client))
-            expiring = _expire(wish.reader, client)
+            expiry = Expiry()
+            expiry.renew(wish.reader, partial(client.finish, End.EXPIRED))
             try:
                 await self._serve(wish, client)
             finally:
                 leaving.cancel()
-                if expiring is not None:
-                    expiring.cancel()
+                expiry.cancel()
 
     async def _serve(self, wish: _Wish, client: Client) -> None:
         hub, options = wish.hub, self._options
@@ -183,15 +184,6 @@ class _Changes:
         client.outflow.write(self._retry())
         client.outflow.write(self._encoding.note("streaming", {}, wish.beginning.position))
         await serve(hub, client, wish.beginning, options.heartbeat_seconds)
-
-
-def _expire(reader: Reader, client: Client) -> asyncio.TimerHandle | None:
-    """End the stream when the token does."""
-    if reader.expires_at is None:
-        return None
-    # A timer beyond a month is not needed, and one beyond centuries overflows.
-    seconds = min(max(0.0, reader.expires_at - time.time()), 30 * 86400.0)
-    return asyncio.get_running_loop().call_later(seconds, client.finish, End.EXPIRED)
 
 
 async def _until_left(outflow: Stream, client: Client) -> None:

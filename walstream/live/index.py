@@ -15,7 +15,7 @@ from walstream.changes import Change, Layout, Operation, Row
 from walstream.errors import DecodeError
 from walstream.filters import equality_key
 from walstream.live.encodings import Form
-from walstream.live.views import View, updated_row
+from walstream.live.views import View
 
 _UPDATE: Final = Operation.UPDATE
 _DELETE: Final = Operation.DELETE
@@ -102,7 +102,7 @@ class LayoutIndex(Generic[MemberT]):
         if operation is not _UPDATE:
             yield from _by_value(found, change.identity if operation is _DELETE else change.row)
             return
-        row = updated_row(change)
+        row = change.row
         if not self._leaving.by_column:
             yield from _by_value(found, row)
             return

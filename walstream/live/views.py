@@ -172,7 +172,7 @@ class View:
         return self._narrow.project(change)
 
     def _look_at_update(self, change: Change) -> Look | None:
-        row = updated_row(change)
+        row = change.row
         if self._sees(row):
             was_seen = self._sight_condition is None or self._sees(change.identity)
             if self._passes(row):
@@ -190,8 +190,7 @@ class View:
             key = Row(change.layout, list(_key_columns(change)))
             is_told = len(key) > 0 and self._sees(change.identity) and self._passes(key)
             return Look.BY_KEY if is_told else None
-        row = updated_row(change) if change.operation is _UPDATE else change.row
-        if not (self._sees(row) and self._passes(row)):
+        if not (self._sees(change.row) and self._passes(change.row)):
             return None
         return Look.WITHOUT_PAST if change.operation is _UPDATE else Look.WHOLE
 
@@ -238,19 +237,6 @@ def equalities_of(
         return {}
     where = both[0] if len(both) == 1 else And(tuple(both))
     return equality_keys(where, layout.columns, layout.types, normalised)
-
-
-def updated_row(change: Change) -> Row:
-    """Return the new row of an update for filters.
-
-    A TOASTed value that the update did not touch is not sent with it; under REPLICA IDENTITY FULL
-    the identity has it.
-    """
-    if not change.unchanged:
-        return change.row
-    left_out = change.unchanged
-    kept = [column for column in change.identity_columns or () if column.name in left_out]
-    return Row(change.layout, [*(change.new_columns or ()), *kept])
 
 
 def _columns_of(subscription: Subscription, layout: Layout) -> frozenset[str] | None:

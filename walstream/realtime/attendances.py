@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 from walstream.access.readers import Reader
 from walstream.access.refusals import ReaderRefused
 from walstream.live.clients import End, Outflow
+from walstream.live.expiry import Expiry
 from walstream.live.hub import Hub
 from walstream.live.subscriptions import Limits
 from walstream.realtime.bindings import Binding, read_bindings
@@ -39,7 +40,6 @@ JOIN_SECONDS: Final = 8.0
 """So long a join waits for the stream to begin: clients give up after ten seconds."""
 
 _LOOK_AGAIN_SECONDS: Final = 0.1
-_LONGEST_TIMER_SECONDS: Final = 30 * 86400.0
 
 
 class Caller(Protocol):
@@ -99,13 +99,14 @@ class Attendance:
         self._reader = reader
         self._token = token
         self._key = channel.join.presence_key or str(uuid.uuid4())
+        self._wanted: Sequence[Binding] = ()
         self._following: Following | None = None
         self._room = (channel.topic, channel.join.is_private)
         self._is_present = False
         self._tasks: asyncio.TaskGroup
         self._running: set[asyncio.Task[None]] = set()
         self._in_turn = asyncio.Lock()
-        self._expiring: asyncio.TimerHandle | None = None
+        self._expiry = Expiry()
 
     # Called by the socket
 
@@ -122,8 +123,7 @@ class Attendance:
         """Be gone, at once."""
         for task in self._running:
             task.cancel()
-        if self._expiring is not None:
-            self._expiring.cancel()
+        self._expiry.cancel()
         if self._following is not None:
             self._following.leave()
         if self._is_present:
@@ -182,7 +182,8 @@ class Attendance:
         try:
             await self._admit(self._channel.join.token or self._token)
             bindings = read_bindings(self._channel.join.bindings, self._limits())
-            problems = await self._subscribe(bindings)
+            self._wanted = [binding for binding in bindings if not binding.error]
+            problems = await self._subscribe()
         except ReaderRefused as refusal:
             self._refuse(join_refusal(refusal))
         except JoinRefused as refusal:
@@ -208,16 +209,31 @@ class Attendance:
         elif not self._services.topics.may_read(self._reader, self._channel.name):
             raise JoinRefused(not_readable(self._channel.name))
 
-    async def _subscribe(self, bindings: Sequence[Binding]) -> list[str]:
-        """Find out where each binding begins; return what is wrong with others."""
-        problems = [binding.error for binding in bindings if binding.error]
-        wanted = [binding for binding in bindings if not binding.error]
-        if not wanted:
-            return problems
+    async def _subscribe(self) -> list[str]:
+        """Find out where each binding begins, as who reads now; return what is wrong with others.
+
+        What is followed already goes on as who reads now, before anything else is asked.
+        """
+        if not self._wanted:
+            return []
         hub = await self._hub()
         if hub is None:
-            return [*problems, *(not_enabled(binding.parameters) for binding in wanted)]
-        following = Following(
+            return [not_enabled(binding.parameters) for binding in self._wanted]
+        if self._following is None:
+            self._following = self._make_following(hub)
+        else:
+            await self._following.renew(self._reader, self._tasks)
+        found = [await self._begin(binding, hub, self._following) for binding in self._wanted]
+        return [problem for problem in found if problem]
+
+    async def _begin(self, binding: Binding, hub: Hub, following: Following) -> str | None:
+        problem = await verify(binding, hub.requests, self._reader)
+        if problem or following.has(binding):
+            return problem
+        return await following.add(binding)
+
+    def _make_following(self, hub: Hub) -> Following:
+        return Following(
             hub,
             self._caller.outflow,
             version=self.version,
@@ -225,13 +241,6 @@ class Attendance:
             max_queue_bytes=self._services.live.max_queue_bytes,
             on_end=self._end_connection,
         )
-        for binding in wanted:
-            problem = await verify(binding, hub.requests, self._reader)
-            problem = problem or await following.add(binding)
-            if problem:
-                problems.append(problem)
-        self._following = following
-        return problems
 
     def _limits(self) -> Limits:
         services = self._services
@@ -259,13 +268,24 @@ class Attendance:
             send(core.push(channel, "presence_state", rooms.state(self._room)))
         if channel.join.wants_replication_ready:
             send(core.system(channel, "system", "ok", "Replication connection established"))
-        for problem in problems:
-            send(core.system(channel, "postgres_changes", "error", problem))
-        if self._following is not None and not self._following.is_empty:
-            send(core.system(channel, "postgres_changes", "ok", SUBSCRIBED))
-            self._following.start(self._reader, self._tasks)
-        self._expire_later()
+        for binding in bindings:
+            if binding.error:
+                self._tell_of_changes("error", binding.error)
+        self._follow(problems)
+        self._expiry.renew(self._reader, self._expire)
         self._caller.resume()
+
+    def _follow(self, problems: Sequence[str]) -> None:
+        """Tell how it is with the bindings, and let the changes come."""
+        for problem in problems:
+            self._tell_of_changes("error", problem)
+        if self._following is not None and len(problems) < len(self._wanted):
+            self._tell_of_changes("ok", SUBSCRIBED)
+            self._following.start(self._reader, self._tasks)
+
+    def _tell_of_changes(self, status: str, message: str) -> None:
+        told = self._core.system(self._channel, "postgres_changes", status, message)
+        self._caller.send(told)
 
     def _refuse(self, reason: str) -> None:
         self._caller.forget(self._channel)
@@ -279,34 +299,18 @@ class Attendance:
         before = self._reader.grants
         try:
             await self._admit(token)
+            self._expiry.renew(self._reader, self._expire)
+            problems = await self._subscribe() if self._reader.grants != before else []
         except ReaderRefused as refusal:
             self._close(join_refusal(refusal).partition(": ")[2])
             return
         except JoinRefused as refusal:
             self._close(str(refusal))
             return
-        self._expire_later()
-        if self._following is None or self._following.is_empty:
-            return
-        if self._reader.grants != before:
-            await self._following.renew(self._reader, self._tasks)
-        self._caller.send(self._core.system(self._channel, "postgres_changes", "ok", SUBSCRIBED))
-
-    def _expire_later(self) -> None:
-        if self._expiring is not None:
-            self._expiring.cancel()
-        if self._reader.expires_at is None:
-            return
-        seconds = max(0.0, self._reader.expires_at - time.time())
-        self._expiring = asyncio.get_running_loop().call_later(
-            min(seconds, _LONGEST_TIMER_SECONDS), self._expire
-        )
+        self._follow(problems)
 
     def _expire(self) -> None:
-        if self._reader.expires_at is not None and self._reader.expires_at > time.time() + 1:
-            self._expire_later()
-        else:
-            self._close(expired(0))
+        self._close(expired(0))
 
     def _close(self, message: str) -> None:
         """End by ourselves, and say why; nothing comes after that."""

@@ -56,10 +56,9 @@ class Following:
         self._begun: dict[Hashable, tuple[list[Binding], Beginning]] = {}
         self._streams: list[_Stream] = []
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to follow."""
-        return not self._begun and not self._streams
+    def has(self, binding: Binding) -> bool:
+        """Whether a binding is followed already."""
+        return any(binding is one for stream in self._streams for one in stream.bindings)
 
     async def add(self, binding: Binding) -> str | None:
         """Note where a binding begins; what is committed from now on is not missed.
@@ -87,9 +86,7 @@ class Following:
             stream.stop(self._hub)
         for place, stream in enumerate(self._streams):
             position = await stream.stopped()
-            self._streams[place] = self._follow(
-                stream.bindings, Beginning(position), reader, tasks
-            )
+            self._streams[place] = self._follow(stream.bindings, Beginning(position), reader, tasks)
 
     def leave(self) -> None:
         """Let no more come."""
