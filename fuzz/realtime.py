@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import atheris
+
+from fuzz.corpus import fuzz
 
 with atheris.instrument_imports(include=["walstream.realtime"]):
     from walstream.realtime.channels import Channel
@@ -199,12 +200,7 @@ def main() -> None:
     """Fuzz one target, from its seeds on or with the files that are named."""
     name, *arguments = sys.argv[1:]
     target, seeds = TARGETS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        for number, seed in enumerate(seeds()):
-            (Path(folder) / str(number)).write_bytes(seed)
-        is_corpus = all(one.startswith("-") for one in arguments)
-        atheris.Setup([sys.argv[0], *arguments, *([folder] * is_corpus)], target)
-        atheris.Fuzz()
+    fuzz(target, seeds(), arguments)
 
 
 if __name__ == "__main__":

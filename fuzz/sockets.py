@@ -7,11 +7,10 @@ input says how large the pieces are.
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
 
 import atheris
 
+from fuzz.corpus import fuzz
 from tests.frames import masked
 
 with atheris.instrument_imports(include=["walstream.gateway.incoming"]):
@@ -56,13 +55,7 @@ SEEDS = (
 
 def main() -> None:
     """Fuzz from the seeds on, or with the files that are named."""
-    arguments = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        for number, seed in enumerate(SEEDS):
-            (Path(folder) / str(number)).write_bytes(bytes((number + 1,)) + seed)
-        is_corpus = all(one.startswith("-") for one in arguments)
-        atheris.Setup([sys.argv[0], *arguments, *([folder] * is_corpus)], take)
-        atheris.Fuzz()
+    fuzz(take, [bytes((size,)) + seed for size, seed in enumerate(SEEDS, start=1)], sys.argv[1:])
 
 
 if __name__ == "__main__":

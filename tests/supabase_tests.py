@@ -103,13 +103,11 @@ class ChangesTests:
         table = service.table("id int PRIMARY KEY, n int, word text, flag bool")
         asked = [*CONDITIONS, *map(negated, CONDITIONS), *SEVERAL]
         client = client_of(told, service)
-        channels = [
-            client.channel(service.topic()).on_changes("all", table=table) for _ in range(4)
-        ]
+        channels = [client.channel(service.topic()) for _ in range(4)]
         for number, (filter_, _) in enumerate(asked):
             channels[number % 4].on_changes(filter_, table=table, filter=filter_)
         for channel in channels:
-            channel.join()
+            channel.on_changes("all", table=table).join()  # called last
         service.execute(f"INSERT INTO {table} VALUES {ROWS}")
         for channel in channels:
             channel.wait_for(lambda it: len(it.ids("all")) == 6)
@@ -127,7 +125,7 @@ class ChangesTests:
     ) -> None:
         table = service.table("id int PRIMARY KEY, n int", identity="FULL")
         channel = client_of(told, service).channel(service.topic())
-        channel.on_changes("all", table=table).on_changes("some", table=table, filter="n=gt.5")
+        channel.on_changes("some", table=table, filter="n=gt.5").on_changes("all", table=table)
         channel.join()
         for statement in (
             "INSERT INTO {} VALUES (1, 1), (2, 9)",

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
@@ -38,6 +39,8 @@ from tests.postgres import wait_until
 from walstream.testing.databases import Database
 
 API_KEY: Final = "sb_publishable_secret_of_nobody"
+
+ANOTHER_KEY: Final = "sb_secret_another"
 
 ROLES: Final = """
 CREATE ROLE member NOLOGIN;
@@ -177,8 +180,8 @@ REFUSALS: Final[dict[str, Refusal | None]] = {
     "an object for the claim of the condition": UNUSABLE,
 }
 
-MESSAGES: Final = {"event": "*", "schema": "public", "table": "messages"}
-MARKS: Final = {"event": "INSERT", "schema": "public", "table": "marks"}
+MESSAGES: Final[dict[str, Any]] = {"event": "*", "schema": "public", "table": "messages"}
+MARKS: Final[dict[str, Any]] = {"event": "INSERT", "schema": "public", "table": "marks"}
 NOT_ENABLED: Final = "Please check Realtime is enabled for the given connect parameters"
 
 
@@ -285,11 +288,12 @@ class Seen(NamedTuple):
 
 
 def seen_of(data: Any) -> Seen:
-    rows = [
-        None if row is None else {name: row[name] for name in row if name[0] != "$"}
-        for row in (data.get("record"), data.get("old_record"))
-    ]
-    return Seen(data["type"], *rows, data.get("leaving", False))
+    record, old_record = (_columns(data.get(key)) for key in ("record", "old_record"))
+    return Seen(data["type"], record, old_record, data.get("leaving", False))
+
+
+def _columns(row: Any) -> Any:
+    return None if row is None else {name: row[name] for name in row if name[0] != "$"}
 
 
 OWN_SEEN: Final = {"id": 1, "owner": "ada", "body": "hello", "card": "*" * 12 + "1234"}
@@ -423,7 +427,7 @@ def changes_of(client: Phoenix, name: str, note: str, table: str) -> list[Seen]:
 
 
 WHO: Final = [f"user{number}" for number in range(12)]
-SECURED_BINDING: Final = {"event": "*", "schema": "public", "table": "secured"}
+SECURED_BINDING: Final[dict[str, Any]] = {"event": "*", "schema": "public", "table": "secured"}
 ALL: Final = [MESSAGES, SECURED_BINDING, MARKS]
 
 
@@ -476,24 +480,29 @@ def test_each_of_many_of_mixed_roles_sees_exactly_their_rows(site: Site) -> None
                 assert_nothing_in(client.received, "SECRET", *others)
 
 
-ROWS: Final = [
+ROWS: Final[list[dict[str, Any]]] = [
     {"id": number, "owner": WHO[number % 12], "body": f"of {number}"} for number in range(36)
 ]
 
-_EACH: Final = "FROM generate_series(0, 35) AS i"
 ROUNDS: Final = {
-    f"many {place}": statement
-    for place, statement in enumerate(
-        (
-            f"INSERT INTO messages SELECT i, 'user' || i % 12, 'of ' || i, 'SECRET', '1234' {_EACH};"
-            f"INSERT INTO secured SELECT i, 'user' || i % 12, 'of ' || i, 'SECRET' {_EACH}",
-            "UPDATE messages SET owner = 'user' || (id + 1) % 12 WHERE id % 3 = 1;"
-            "UPDATE secured SET owner = 'user' || (id + 1) % 12 WHERE id % 3 = 1",
-            "UPDATE messages SET pin = 'SECRET too' WHERE id % 3 = 2;"
-            "UPDATE secured SET pin = 'SECRET too' WHERE id % 3 = 2",
-            "DELETE FROM messages WHERE id % 3 = 0; DELETE FROM secured WHERE id % 3 = 0",
-        )
-    )
+    "many come": """
+        INSERT INTO messages SELECT i, 'user' || i % 12, 'of ' || i, 'SECRET', '1234'
+          FROM generate_series(0, 35) AS i;
+        INSERT INTO secured SELECT i, 'user' || i % 12, 'of ' || i, 'SECRET'
+          FROM generate_series(0, 35) AS i;
+        """,
+    "many go to others": """
+        UPDATE messages SET owner = 'user' || (id + 1) % 12 WHERE id % 3 = 1;
+        UPDATE secured SET owner = 'user' || (id + 1) % 12 WHERE id % 3 = 1;
+        """,
+    "many change where they are hidden": """
+        UPDATE messages SET pin = 'SECRET too' WHERE id % 3 = 2;
+        UPDATE secured SET pin = 'SECRET too' WHERE id % 3 = 2;
+        """,
+    "many are gone": """
+        DELETE FROM messages WHERE id % 3 = 0;
+        DELETE FROM secured WHERE id % 3 = 0;
+        """,
 }
 
 
@@ -560,7 +569,7 @@ def with_positions(live: Sequence[Any], again: Sequence[Any]) -> list[Any]:
 
 
 FILL: Final = "INSERT INTO listed SELECT i, repeat('x', 9000) FROM generate_series(1, %s::int) i"
-LISTED: Final = {"event": "*", "schema": "public", "table": "listed"}
+LISTED: Final[dict[str, Any]] = {"event": "*", "schema": "public", "table": "listed"}
 TOLD: Final = {"type": "broadcast", "event": "done", "payload": {}}
 
 
@@ -674,6 +683,8 @@ def test_a_hidden_column_is_as_one_that_is_not_there(site: Site) -> None:
         {**MESSAGES, "filter": "COLUMN=eq.1,unheard=eq.1"},
         {**MESSAGES, "filter": "COLUMN=eq.1", "select": ["id", "unheard"]},
         {**MESSAGES, "filter": "COLUMN=eq.1", "since": "no time", "leaving": True},
+        {"event": "*", "schema": "public", "table": "*", "filter": "COLUMN=eq.1"},
+        {"event": "*", "schema": "*", "table": "messages", "filter": "COLUMN=eq.1"},
     ]
     selecting = [{**MESSAGES, "select": ["id", "COLUMN"]}]
     with phoenix(site.service.url, site.tokens.good()) as client:
@@ -816,7 +827,7 @@ def test_an_api_key_stands_for_its_role_and_no_other_key_does(site: Site) -> Non
         assert told == (401, {"error": MALFORMED.text})
     with phoenix(url, API_KEY) as client:
         # A library sends any such key where a user's token is expected: the connection's counts.
-        client.join("key", [MESSAGES, MARKS], token="sb_secret_another")
+        client.join("key", [MESSAGES, MARKS], token=ANOTHER_KEY)
         assert NOT_ENABLED in client.wait_for(is_system).payload["message"]
         site.database.execute("DELETE FROM messages; INSERT INTO messages VALUES (1, 'ada', 'x')")
         site.mark("by a key")
@@ -866,10 +877,10 @@ def test_private_channels_are_for_roles_and_claims(site: Site) -> None:
         ref = reader.join("news:x", private=True, **config).ref
         for event, payload in (("broadcast", broadcast("reader")), ("presence", track("reader"))):
             sent = reader.send("realtime:news:x", event, payload, join_ref=ref)
-            answer = reader.wait_for(lambda heard, sent=sent: heard.ref == sent)
+            answer = answer_to(reader, sent)
             assert answer.payload["status"] == "error"
             assert "permissions to write" in answer.payload["response"]["reason"]
-        for token, topic, status in (
+        for poster, topic, status in (
             (bob, "user:ada", 403),
             (outsider, "news:x", 403),
             (API_KEY, "news:x", 403),
@@ -877,7 +888,7 @@ def test_private_channels_are_for_roles_and_claims(site: Site) -> None:
             (ada, "user:ada", 202),
             (ada, "news:x", 202),
         ):
-            assert post(site, token, topic, f"posted {status}", is_private=True) == status
+            assert post(site, poster, topic, f"posted {status}", is_private=True) == status
         for name in ("user:ada", "news:x"):
             said = listener.wait_for(lambda heard: heard.event == "broadcast")
             assert (said.topic, said.payload["event"]) == (f"realtime:{name}", "posted 202")
@@ -888,6 +899,10 @@ def test_private_channels_are_for_roles_and_claims(site: Site) -> None:
         assert last.payload["event"] == "posted"
         assert_nothing_in(spy.received, "posted 202", "reader")
         assert_nothing_in(listener.received, "spy", '"reader"', "public", "posted 40")
+
+
+def answer_to(client: Phoenix, ref: str) -> Heard:
+    return client.wait_for(lambda heard: heard.ref == ref)
 
 
 def track(who: str) -> dict[str, Any]:
@@ -939,13 +954,16 @@ def binary(
     return bytes((3, *map(len, parts), is_json)) + b"".join(parts) + payload
 
 
+FOREIGN: Final = "INSERT INTO secured VALUES (1, 'bob', 'SECRET')"
+
+
 @pytest.mark.parametrize("role", ["member", "told"])
 def test_under_row_security_nothing_is_told_of_what_is_hidden(site: Site, role: str) -> None:
     """As a row comes, and goes, and comes again; live, and by ``since``, however it is filtered."""
     site.database.execute("DELETE FROM secured")
     begin, _ = marked(site, f"before {role}")
     token = site.tokens.good(role=role)
-    asked = [
+    asked: list[dict[str, Any]] = [
         {},
         {"leaving": True},
         {"filter": "body=like.%SECRET%", "leaving": True},
@@ -956,15 +974,14 @@ def test_under_row_security_nothing_is_told_of_what_is_hidden(site: Site, role: 
     ]
     bindings = [{**SECURED_BINDING, **one} for one in asked]
     steps = (
-        "INSERT INTO secured VALUES (1, 'bob', 'SECRET')",
+        FOREIGN,
         "UPDATE secured SET body = 'SECRET again'",
         "UPDATE secured SET owner = 'ada', body = 'hers'",
         "UPDATE secured SET id = 2",
         "UPDATE secured SET owner = 'bob', body = 'SECRET'",
         "UPDATE secured SET id = 1",
         "DELETE FROM secured",
-        "BEGIN; INSERT INTO secured VALUES (1, 'bob', 'SECRET');"
-        "UPDATE secured SET owner = 'ada', body = 'at last'; COMMIT",
+        f"BEGIN; {FOREIGN}; UPDATE secured SET owner = 'ada', body = 'at last'; COMMIT",
         "TRUNCATE secured",
     )
     whole = {"id": 1, "owner": "ada", "body": "hers"}
@@ -1023,3 +1040,101 @@ def test_a_replay_ends_when_its_token_does(site: Site) -> None:
 def is_expired(token: str) -> bool:
     claims = jwt.decode(token, options={"verify_signature": False})
     return bool(time.time() > claims["exp"] + 0.5)
+
+
+def test_no_other_place_of_a_token_counts(site: Site) -> None:
+    """Neither that of other protocols, nor a good one behind a bad one."""
+    good, bad = site.tokens.good(), site.tokens.by_foreign_key()
+    for query, headers, status in (
+        ({"token": good}, {}, "API key is missing"),
+        ({"access_token": good}, {}, "API key is missing"),
+        ({}, {"Authorization": f"Bearer {good}"}, "API key is missing"),
+        ({}, {"Sec-WebSocket-Protocol": good}, "API key is missing"),
+        ({"apikey": good}, {"x-api-key": bad}, FORGED.text),
+        ({"apikey": bad, "token": good}, {}, FORGED.text),
+    ):
+        target = f"/realtime/v1/websocket?{urlencode(query)}"
+        assert refused_connection(site, target, headers) == (401, {"error": status})
+
+
+def test_the_connections_token_lets_nobody_join_when_it_has_ended(site: Site) -> None:
+    token = site.tokens.good(exp=int(time.time()) + 2)
+    with phoenix(site.service.url, token) as client:
+        wait_until(lambda: is_expired(token))
+        reply = client.join("late", [MESSAGES]).payload
+        assert re.fullmatch(f"InvalidJWTToken: {ENDED.joined}", reply["response"]["reason"])
+        assert client.join("later", [MESSAGES], token=site.tokens.good()).payload["status"] == "ok"
+
+
+def test_each_channel_of_a_socket_has_its_own_token(site: Site) -> None:
+    """Another one of one channel changes no other; who joins again has but the new one."""
+    site.database.execute(CLEAN)
+    marked(site, "before channels")
+    ada, bob = (site.tokens.good(sub=sub) for sub in ("ada", "bob"))
+    with phoenix(site.service.url, site.tokens.good(role="admin")) as client:
+        refs = {
+            "ada": client.join("ada", [MESSAGES, MARKS], token=ada).ref,
+            "bob": client.join("bob", [MESSAGES, MARKS], token=bob).ref,
+            "all": client.join("all", [MESSAGES, MARKS]).ref,
+            "was all": client.join("was all", [MESSAGES, MARKS]).ref,
+        }
+        client.join("was all", [MESSAGES, MARKS], token=bob)
+        new = {"access_token": site.tokens.good(role="outsider")}
+        client.send("realtime:all", "access_token", new, join_ref=refs["bob"])  # a stale ref
+        client.send("realtime:bob", "access_token", new, join_ref=refs["bob"])
+        client.wait_for(lambda heard: heard.topic == "realtime:bob" and is_system(heard))
+        site.database.execute("INSERT INTO messages VALUES (1, 'ada', 'a'), (2, 'bob', 'b')")
+        seen: dict[str, list[int]] = {name: [] for name in refs}
+        site.mark("channels")
+        marks = 0
+        while marks < len(refs):
+            heard = client.wait_for(lambda heard: heard.event == "postgres_changes")
+            data = heard.payload["data"]
+            if data["table"] == "marks":
+                marks += 1
+            else:
+                seen[heard.topic.removeprefix("realtime:")].append(data["record"]["id"])
+        assert seen == {"ada": [1], "bob": [], "all": [], "was all": [2]}
+
+
+def test_who_may_no_more_be_in_a_private_channel_by_another_token_is_out(site: Site) -> None:
+    with (
+        phoenix(site.service.url, site.tokens.good()) as client,
+        phoenix(site.service.url, site.tokens.good()) as other,
+    ):
+        ref = client.join("user:ada", private=True).ref
+        new = {"access_token": site.tokens.good(sub="bob")}
+        client.send("realtime:user:ada", "access_token", new, join_ref=ref)
+        system = client.wait_for(is_system)
+        assert "permissions to read from this Channel topic" in system.payload["message"]
+        assert client.hear().event == "phx_close"
+        ref = other.join("user:ada", private=True, broadcast={"self": True}).ref
+        other.send("realtime:user:ada", "broadcast", broadcast("secret"), join_ref=ref)
+        other.wait_for(lambda heard: heard.event == "broadcast")
+        client.send("phoenix", "heartbeat", {})
+        client.wait_for(lambda heard: heard.topic == "phoenix")
+        assert_nothing_in(client.received, "secret")
+
+
+def test_who_is_who_in_turn_gets_of_each_turn_what_is_theirs(site: Site) -> None:
+    """While much is replayed, and the token is another all the time: no row too many or twice."""
+    site.database.execute(CLEAN)
+    begin, _ = marked(site, "before turns")
+    site.database.execute(
+        "INSERT INTO messages SELECT i, CASE i % 2 WHEN 0 THEN 'ada' ELSE 'bob' END,"
+        " repeat('x', 1000) FROM generate_series(1, 6000) i"
+    )
+    marked(site, "turns")
+    bindings = [{**one, "since": begin} for one in (MESSAGES, MARKS)]
+    with phoenix(site.service.url, site.tokens.good()) as client:
+        ref = client.join("turns", bindings).ref
+        for turn in range(40):
+            new = {"access_token": site.tokens.good(sub="bob" if turn % 2 else "ada", jti=turn)}
+            client.send("realtime:turns", "access_token", new, join_ref=ref)
+        rows = [one["record"] for one in until_mark(client, "turns", "turns")]
+    ids = [row["id"] for row in rows]
+    assert ids == sorted(set(ids))
+    changes = sum(one["owner"] != other["owner"] for one, other in pairwise(rows))
+    assert changes <= 40, "each is whole up to where the next begins"
+    for one, other in pairwise(rows):
+        assert one["owner"] != other["owner"] or other["id"] == one["id"] + 2

@@ -584,7 +584,7 @@ CREATE TABLE TABLE_NAME (
     j json, k jsonb, l text[], m int[][], n pair, o mood, p interval, q uuid, r inet, s int4range,
     t xml, u money, v point, w bit(3), x tsvector, y name, z pair[], za date, zb timetz,
     PRIMARY KEY (id, "100%", "at"));
-GRANT SELECT ON ALL TABLES IN SCHEMA public TO member;
+GRANT SELECT ON TABLE_NAME TO member;
 """
 
 KINDS: Final = """

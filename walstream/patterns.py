@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import re
 import sys
+from bisect import bisect_left, bisect_right
+from functools import cache
 from typing import Final
 
 from walstream.character_classes import NAMES, upper
@@ -258,9 +260,7 @@ class _Translation:
 
     def variants(self, character: str) -> list[str]:
         """With case folded a character stands for its lower and upper case, as in ``allcases``."""
-        if not self.fold_case:
-            return [character]
-        return list(dict.fromkeys((fold(character), upper(character))))
+        return _cases(character) if self.fold_case else [character]
 
     def bracket(self) -> tuple[str, bool]:
         """Translate a bracket expression from behind its opening bracket."""
@@ -317,8 +317,9 @@ class _Translation:
             return members
         if ord(end) - ord(start) > _MAX_FOLDED_RANGE:
             raise PatternError("a range in brackets is too long to ignore case in it")
-        within = map(chr, range(ord(start), ord(end) + 1))
-        others = {variant for one in within for variant in self.variants(one)}
+        cased, cases = _cased()
+        within = cases[bisect_left(cased, start) : bisect_right(cased, end)]
+        others = {variant for variants in within for variant in variants}
         beyond = [one for one in sorted(others) if not start <= one <= end]
         return members + "".join(map(in_brackets, beyond))
 
@@ -335,3 +336,19 @@ class _Translation:
 
     def refused(self, what: str) -> PatternError:
         return PatternError(f"regular expressions with {what} are not supported")
+
+
+def _cases(character: str) -> list[str]:
+    return list(dict.fromkeys((fold(character), upper(character))))
+
+
+_CASED_BEFORE: Final = 0x20000
+"""From there on no character has a case."""
+
+
+@cache
+def _cased() -> tuple[list[str], list[list[str]]]:
+    """List the characters that stand for others, too, and those: of a long range they are few."""
+    found = [(one, _cases(one)) for one in map(chr, range(_CASED_BEFORE))]
+    cased = [(one, cases) for one, cases in found if cases != [one]]
+    return [one for one, _ in cased], [cases for _, cases in cased]

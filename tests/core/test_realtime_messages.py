@@ -302,20 +302,14 @@ def test_any_bytes_are_a_message_or_malformed(data: bytes) -> None:
 
 
 def test_a_broadcast_to_clients_is_of_kind_4() -> None:
-    assert encode_broadcast("realtime:a", "é", b"\x00\xff", b'{"id":"1"}', is_json=False) == (
+    assert encode_broadcast("realtime:a", "é", b"\x00\xff", b'{"id":"1"}') == (
         binary_frame(b'\x04\x0a\x02\x0a\x00realtime:a\xc3\xa9{"id":"1"}\x00\xff')
     )
-    assert encode_broadcast("a", "x", b'{"a":1}', is_json=True) == (
-        binary_frame(b'\x04\x01\x01\x00\x01ax{"a":1}')
-    )
 
 
-def test_a_broadcast_with_a_name_too_long_for_kind_4_is_text_or_nothing() -> None:
-    topic = "t" * 256
-    assert encode_broadcast(topic, "x", b"\xff", is_json=False) == b""
-    assert encode_broadcast(topic, "x", b"1", b'{"id":"1"}', is_json=True) == encode(
-        V2, topic, "broadcast", broadcast_json("x", b"1", b'{"id":"1"}')
-    )
+def test_a_broadcast_with_a_name_too_long_for_kind_4_is_nothing() -> None:
+    assert encode_broadcast("t" * 255, "x", b"\xff")
+    assert encode_broadcast("t" * 256, "x", b"\xff") == b""
 
 
 def test_a_broadcast_as_text_has_its_type() -> None:

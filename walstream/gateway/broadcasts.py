@@ -22,7 +22,12 @@ from walstream.gateway.answers import NO_STORE, Answering, refused, refusing
 from walstream.gateway.tokens import api_key_of, token_of
 from walstream.live.subscriptions import RequestRefused
 from walstream.realtime.channels import PREFIX
-from walstream.realtime.messages import MAX_TOPIC_CHARACTERS, Malformed, verify_json
+from walstream.realtime.messages import (
+    MAX_BINARY_NAME_BYTES,
+    MAX_TOPIC_CHARACTERS,
+    Malformed,
+    verify_json,
+)
 from walstream.realtime.rates import Rates
 from walstream.realtime.services import Services
 
@@ -33,9 +38,6 @@ _LIST_HINT: Final = (
 )
 _BINARY: Final = "application/octet-stream"
 _MARK: Final = "/api/broadcast/"
-
-_LONGEST_BINARY_NAME_BYTES: Final = 255
-"""Of the topic and of the event: where the payload is no JSON, one byte says how long they are."""
 
 _BAD_REQUEST: Final = 400
 _FORBIDDEN: Final = 403
@@ -228,7 +230,7 @@ def _verify_name(key: str, name: str, *, is_json: bool) -> None:
     if len(name) > MAX_TOPIC_CHARACTERS:
         reason = f"{key}: has more than {MAX_TOPIC_CHARACTERS} characters"
         raise RequestRefused(_UNPROCESSABLE, reason)
-    most = _LONGEST_BINARY_NAME_BYTES - len(PREFIX)
+    most = MAX_BINARY_NAME_BYTES - len(PREFIX)
     if not is_json and len(name.encode()) > most:
         reason = f"{key}: has more than {most} bytes, which is too long with a payload in binary"
         raise RequestRefused(_UNPROCESSABLE, reason)

@@ -245,7 +245,7 @@ class Connection(HttpToolsProtocol):
             app = cast("ASGI3Application", ANSWER_FULL)
         extensions: dict[str, Any] = {EXTENSION: partial(self._open_stream, cycle)}
         cycle.scope["extensions"] = extensions
-        self._shared.turns.add(partial(super()._start_asgi_task, cycle, app))
+        self._shared.starts.add(partial(super()._start_asgi_task, cycle, app))
 
     def _open_stream(
         self, cycle: RequestResponseCycle, compressor: Compressor | None, farewell: bytes

@@ -45,7 +45,7 @@ class Shared:
         self.state = ServerState()
         self.connections = cast("set[Connected]", self.state.connections)
         self.rounds = Rounds(loop)
-        self.turns = Turns(loop)
+        self.starts = Starts(loop)
         self.is_closing = False
         self.idle: dict[Connected, None] = {}
         """Those that no answer is made for, the one that has been so for longest first."""
@@ -83,7 +83,7 @@ class Shared:
             )
 
 
-class Turns:
+class Starts:
     """Begins requests, a few by each turn of the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

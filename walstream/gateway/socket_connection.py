@@ -120,7 +120,7 @@ class SocketConnection(asyncio.Protocol):
         if not self._shared.has_place(scope["path"]):
             app = ANSWER_FULL
         scope["extensions"] = {DENIAL: {}, EXTENSION: self._open}
-        self._shared.turns.add(partial(self._start, app, scope))
+        self._shared.starts.add(partial(self._start, app, scope))
 
     # The transport
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
@@ -57,11 +57,8 @@ class RowSecurity(Protocol):
         """Stop asking."""
 
 
-class Masks(Protocol):
-    """Says which columns of a layout come here in another form than they have in the table."""
-
-    def __call__(self, layout: Layout) -> frozenset[str]:
-        """Return their names."""
+Masks: TypeAlias = Callable[[Layout], frozenset[str]]
+"""Says which columns of a layout come here in another form than they have in the table."""
 
 
 class Held(msgspec.Struct, frozen=True, eq=False):

@@ -84,6 +84,7 @@ async def _replay(hub: Hub, client: Client, begin: Position) -> Position:
         missed = Missed(hub, client, begin)
         try:
             async for piece in missed:
+                await client.outflow.room()  # others may write to it, too
                 if client.has_ended():  # it may have other rights by now
                     return begin
                 client.outflow.write(piece)

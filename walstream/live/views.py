@@ -150,6 +150,13 @@ class View:
 
     def show(self, change: Change, look: Look) -> Change:
         """Return the change as it is seen."""
+        change = self.permit(change, look)
+        if self._narrow is None or look in _BY_KEY:  # without its key it says nothing
+            return change
+        return self._narrow.project(change)
+
+    def permit(self, change: Change, look: Look) -> Change:
+        """Return all of the change that may be seen, also what is not asked for."""
         if look is Look.WITHOUT_PAST:
             change = _replaced(change, sent_identity=None)
         elif look is Look.BY_KEY:
@@ -165,11 +172,7 @@ class View:
                 leaving=True,
             )
         projection = self.sight.projection
-        if projection is not None:
-            change = projection.project(change)
-        if self._narrow is None or look in _BY_KEY:  # without its key it says nothing
-            return change
-        return self._narrow.project(change)
+        return change if projection is None else projection.project(change)
 
     def _look_at_update(self, change: Change) -> Look | None:
         row = change.row

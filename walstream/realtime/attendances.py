@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from walstream.access.readers import Reader
-from walstream.access.refusals import ReaderRefused
+from walstream.access.refusals import Cause, ReaderRefused
+from walstream.errors import WalstreamError
 from walstream.live.clients import End, Outflow
 from walstream.live.expiry import Expiry
 from walstream.live.hub import Hub
 from walstream.live.subscriptions import Limits
-from walstream.realtime.bindings import Binding, read_bindings
+from walstream.realtime.bindings import Binding, TooMany, read_bindings
 from walstream.realtime.channels import Channel
 from walstream.realtime.events import Broadcasting
 from walstream.realtime.followings import Following
@@ -23,6 +24,7 @@ from walstream.realtime.frames import CloseCode
 from walstream.realtime.messages import Version
 from walstream.realtime.protocol import Protocol as Core
 from walstream.realtime.refusals import (
+    NOT_NOW,
     PRIVATE_ONLY,
     expired,
     join_refusal,
@@ -186,8 +188,10 @@ class Attendance:
             problems = await self._subscribe()
         except ReaderRefused as refusal:
             self._refuse(join_refusal(refusal))
-        except JoinRefused as refusal:
+        except (JoinRefused, TooMany) as refusal:
             self._refuse(str(refusal))
+        except WalstreamError:
+            self._refuse(NOT_NOW)
         else:
             self._enter(bindings, problems)
 
@@ -302,10 +306,16 @@ class Attendance:
             self._expiry.renew(self._reader, self._expire)
             problems = await self._subscribe() if self._reader.grants != before else []
         except ReaderRefused as refusal:
-            self._close(join_refusal(refusal).partition(": ")[2])
+            if refusal.cause is Cause.UNAVAILABLE:
+                self._end_connection(End.CLOSING)
+            else:
+                self._close(join_refusal(refusal).partition(": ")[2])
             return
         except JoinRefused as refusal:
             self._close(str(refusal))
+            return
+        except WalstreamError:
+            self._end_connection(End.CLOSING)
             return
         self._follow(problems)
 

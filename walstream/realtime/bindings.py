@@ -28,7 +28,7 @@ from walstream.realtime.filters import (
     read_conditions,
 )
 from walstream.realtime.joins import truth
-from walstream.realtime.refusals import NOT_IN_SEVERAL, failed, not_given, unreadable
+from walstream.realtime.refusals import NOT_IN_SEVERAL, failed, not_enabled, not_given, unreadable
 from walstream.realtime.terms import term
 from walstream.router import TablePattern
 
@@ -39,6 +39,8 @@ _OPERATIONS: Final = {
 }
 _ALL: Final = frozenset().union(*_OPERATIONS.values())
 _MAX_DEPTH: Final = 50
+_READ_FACTOR: Final = 10
+"""So many times what a channel may have is read, and refused one by one."""
 
 
 class Binding(msgspec.Struct, frozen=True):
@@ -67,6 +69,10 @@ class Binding(msgspec.Struct, frozen=True):
     parameters: str = ""
 
 
+class TooMany(Exception):
+    """More bindings than it is worth to tell what is wrong with each; the text is the client's."""
+
+
 class _Refused(Exception):
     """A binding that cannot be had; the argument is what the client is told."""
 
@@ -77,7 +83,12 @@ def read_bindings(raw: Sequence[Mapping[str, Any]], limits: Limits) -> list[Bind
     Args:
         raw: as they came in the join.
         limits: of one channel.
+
+    Raises:
+        TooMany: it is not worth reading them.
     """
+    if len(raw) > _READ_FACTOR * limits.max_subscriptions:
+        raise TooMany(_too_many(len(raw), limits))
     ids = _Ids()
     bindings: list[Binding] = []
     for number, one in enumerate({} if _is_deep(one) else one for one in raw):
@@ -152,6 +163,8 @@ def _read(binding: Binding, raw: Mapping[str, Any], limits: Limits) -> Binding:
             ("select", term(select)),
         )
     )
+    if "\0" in schema + table:  # no name has that, and the server takes no such text
+        raise _Refused(not_enabled(shown))
     try:
         where = condition_on_rows(conditions)
     except ValueRefused as refused:

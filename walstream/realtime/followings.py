@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Final
 
 from walstream.access.readers import Reader
+from walstream.access.refusals import UNAVAILABLE
+from walstream.errors import Unavailable
 from walstream.live.clients import Client, End, Outflow
 from walstream.live.hub import Hub
 from walstream.live.streams import Beginning, begin_at, serve
@@ -64,12 +66,17 @@ class Following:
         """Note where a binding begins; what is committed from now on is not missed.
 
         Returns why it cannot begin there.
+
+        Raises:
+            Unavailable: it cannot be told at this moment.
         """
         key = (binding.since, binding.with_position)
         if key not in self._begun:
             try:
                 self._begun[key] = ([], await begin_at(self._hub, binding.since))
             except RequestRefused as refusal:
+                if refusal.status == UNAVAILABLE:
+                    raise Unavailable(refusal.message) from None
                 return f"{refusal.message}; {refusal.hint}" if refusal.hint else refusal.message
         self._begun[key][0].append(binding)
         return None

@@ -29,11 +29,13 @@ MAX_TOPIC_CHARACTERS: Final = 1024
 MAX_DEPTH: Final = 100
 """Of arrays and objects inside each other: what is passed on has to be readable by everybody, and
 the Python client gives up at 200."""
+MAX_BINARY_NAME_BYTES: Final = 255
+"""Of a topic, an event and metadata in a binary frame: one byte says how long each is."""
 
-_MAX_SHORT: Final = 255
 _USER_PUSH: Final = 3
 _USER_BROADCAST: Final = 4
 _USER_PUSH_HEADER: Final = 7
+_NO_JSON: Final = 0
 _NO_PAYLOAD: Final = msgspec.Raw(b"{}")
 
 
@@ -209,21 +211,17 @@ def encode(
     return text_frame(b"[%b,%b,%b,%b,%b]" % (*names, payload_json))
 
 
-def encode_broadcast(
-    topic: str, event: str, payload: bytes, metadata_json: bytes = b"", *, is_json: bool
-) -> bytes:
+def encode_broadcast(topic: str, event: str, payload: bytes, metadata_json: bytes = b"") -> bytes:
     """Write a complete binary frame of kind 4, for clients of version 2.0.0.
 
-    A name that is too long for it makes a text frame of JSON, and nothing (no bytes) of other
-    payloads.
+    It is for payloads that are no JSON: JSON goes out as text, in which names may be longer. A name
+    that is too long makes nothing: no bytes.
     """
     names = (topic.encode(), event.encode(), metadata_json)
-    if max(map(len, names)) <= _MAX_SHORT:
-        header = bytes((_USER_BROADCAST, *map(len, names), is_json))
-        return binary_frame(b"".join((header, *names, payload)))
-    if not is_json:
+    if max(map(len, names)) > MAX_BINARY_NAME_BYTES:
         return b""
-    return encode(Version.V2, topic, "broadcast", broadcast_json(event, payload, metadata_json))
+    header = bytes((_USER_BROADCAST, *map(len, names), _NO_JSON))
+    return binary_frame(b"".join((header, *names, payload)))
 
 
 def broadcast_json(event: str, payload: bytes, metadata_json: bytes = b"") -> bytes:

@@ -53,6 +53,9 @@ MESSAGES_SECONDS: Final = 10.0
 MAX_JOIN_BYTES: Final = 256 << 10
 """Of what a join asks for, which is kept as long as the channel."""
 
+MAX_JOIN_VALUES: Final = 10_000
+"""Of the same: small ones take much more memory than their text."""
+
 MAX_HELD_BYTES: Final = 1_000_000
 """Of messages to channels whose join is not answered yet."""
 
@@ -195,6 +198,8 @@ class Protocol(Answers):
             return "ClientJoinRateLimitReached: Too many joins per second"
         if len(message.raw) > MAX_JOIN_BYTES:
             return f"InvalidJoinPayload: A join has at most {MAX_JOIN_BYTES} bytes"
+        if sum(map(message.raw.count, (b",", b"[", b"{"))) > MAX_JOIN_VALUES:
+            return f"InvalidJoinPayload: A join has at most {MAX_JOIN_VALUES} values"
         if len(self._channels.keys() - {message.topic}) >= self._limits.max_channels:
             return "ChannelRateLimitReached: Too many channels"
         return ""

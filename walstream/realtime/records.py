@@ -7,7 +7,8 @@ value that Postgres did not send is missing in ``record``.
 
 Three things are told in ``errors``: a table without a primary key (400) and a primary key that the
 reader may not see (401) leave nothing of an insert and an update, and of a change of more than
-`MAX_CHANGE_BYTES` (413) only short values are left.
+`MAX_CHANGE_BYTES` (413) only short values are left. What the reader may not see does not count: by
+values of one's own beside it its length could be found out.
 
 What Realtime does not have: ``leaving`` and ``"$leaving"`` for an update that takes the row away
 from the client, and ``"$position"``, the id of the change, to go on from. Those with a ``$`` stand
@@ -55,7 +56,7 @@ class RealtimeForm:
         if shape.refusal and change.operation is not _DELETE:
             return _assembled(shape.no_columns, shape.refusal, shown, (extra, b""))
         members, errors = _members, b"null"
-        if _is_too_large(change):
+        if _is_too_large(change) and _is_too_large(view.permit(change, look)):
             members, errors = _short_members, _TOO_LARGE
         record = members(shown, shown.new_columns)
         past = members(shown, _past(change, shown, look))

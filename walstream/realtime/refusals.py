@@ -82,6 +82,10 @@ def not_begun(seconds: float) -> str:
     )
 
 
+NOT_NOW: Final = "UnknownErrorOnChannel: the database cannot be asked at this moment"
+"""What is tried again by the clients: a channel without its changes would never get them."""
+
+
 # Bindings
 
 NOT_IN_SEVERAL: Final = (
@@ -92,12 +96,10 @@ NOT_IN_SEVERAL: Final = (
 RAISED: Final = "P0001"
 """The SQLSTATE of what the original's own functions refuse."""
 
-UNREACHABLE: Final = "08006"
 BAD_ESCAPE: Final = "22025"
 
 _SQLSTATES: Final = {
     RAISED: "raise_exception",
-    UNREACHABLE: "connection_failure",
     "2201B": "invalid_regular_expression",
     "22003": "numeric_value_out_of_range",
     "22007": "invalid_datetime_format",

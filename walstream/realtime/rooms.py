@@ -207,7 +207,7 @@ class _Broadcast(msgspec.Struct, frozen=True):
         if not self.is_json:
             if version is Version.V1:
                 return b""
-            return encode_broadcast(self.topic, self.event, self.payload, about, is_json=False)
+            return encode_broadcast(self.topic, self.event, self.payload, about)
         # As text also for 2.0.0, which reads both: a binary one bounds the names.
         content = broadcast_json(self.event, self.payload, about)
         return encode(version, self.topic, "broadcast", content)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Final
 
 from walstream.access.readers import Reader
-from walstream.errors import FilterError, Unavailable
+from walstream.errors import FilterError
 from walstream.filters import operators_of
 from walstream.grammar import Comparison, Operator, comparisons
 from walstream.live.requests import Requests, VisibleTable, is_sent
 from walstream.live.subscriptions import Subscription
 from walstream.patterns import PatternError, like, linear_expression
 from walstream.realtime.bindings import Binding
-from walstream.realtime.refusals import BAD_ESCAPE, RAISED, UNREACHABLE, failed, not_enabled
+from walstream.realtime.refusals import BAD_ESCAPE, RAISED, failed, not_enabled
 from walstream.realtime.terms import type_shown
 from walstream.values import BOOL_OID
 
@@ -43,6 +43,9 @@ async def verify(binding: Binding, requests: Requests, reader: Reader) -> str | 
         binding: read by `read_bindings`.
         requests: of the hub that the changes come from.
         reader: who asks.
+
+    Raises:
+        WalstreamError: the catalog cannot be asked.
     """
     subscription = binding.subscription
     if subscription is None:
@@ -51,9 +54,6 @@ async def verify(binding: Binding, requests: Requests, reader: Reader) -> str | 
         is_visible = await _verify(subscription, requests, reader)
     except _Failed as refused:
         return failed(binding.parameters, refused.sqlstate, refused.message)
-    except Unavailable:
-        message = "the database cannot be asked at this moment"
-        return failed(binding.parameters, UNREACHABLE, message)
     return None if is_visible else not_enabled(binding.parameters)
 
 

@@ -12,6 +12,7 @@ import structlog
 
 from walstream.access.readers import Reader
 from walstream.live.clients import Outflow
+from walstream.live.turns import Turn
 from walstream.realtime.attendances import Attendance
 from walstream.realtime.channels import Channel
 from walstream.realtime.events import (
@@ -74,6 +75,7 @@ class Visit:
         self._attendances: dict[Channel, Attendance] = {}
         self._tasks = asyncio.TaskGroup()
         self._is_over = False
+        self._longest_bytes = 0
 
     def __len__(self) -> int:
         """Count the channels."""
@@ -89,8 +91,10 @@ class Visit:
         async with self._tasks:
             self._services.visits.add(self)
             try:
+                turn = Turn()
                 while not self._is_over and (data := await self._socket.receive()) is not None:
                     self._receive(data)
+                    await turn.give_way()
             finally:
                 self._is_over = True
                 self._services.visits.discard(self)
@@ -106,12 +110,17 @@ class Visit:
             self.end(CloseCode.TRY_AGAIN_LATER, "slow")
         else:
             self._socket.write(frames)
+            self._longest_bytes = max(self._longest_bytes, len(frames))
 
     def _is_slow(self) -> bool:
+        waiting = self._socket.waiting_bytes
+        if not waiting:
+            self._longest_bytes = 0
         most = self._services.live.max_queue_bytes
         if self._socket.is_behind:  # it is our sending: what is said in a room waits for nobody
             most *= BEHIND_FACTOR
-        return self._socket.waiting_bytes > most
+        # The longest that waits does not count: the state of a large room is no slowness.
+        return waiting - self._longest_bytes > most
 
     def end(self, code: int, reason: str) -> None:
         """End the connection: the client comes back, and joins anew."""
