@@ -1138,3 +1138,38 @@ def test_who_is_who_in_turn_gets_of_each_turn_what_is_theirs(site: Site) -> None
     assert changes <= 40, "each is whole up to where the next begins"
     for one, other in pairwise(rows):
         assert one["owner"] != other["owner"] or other["id"] == one["id"] + 2
+
+
+def test_another_token_of_the_same_rights_promises_no_more(site: Site) -> None:
+    hidden = {"event": "*", "schema": "public", "table": "hidden"}
+    with phoenix(site.service.url, site.tokens.good()) as client:
+        [told] = problems(client, "promised", [hidden])
+        for turn in range(2):
+            new = {"access_token": site.tokens.good(jti=turn)}
+            client.send("realtime:promised", "access_token", new)
+            system = client.wait_for(is_system).payload
+            assert (system["status"], system["message"]) == ("error", told)
+
+
+@pytest.mark.parametrize(("role", "binding"), [("reader", MESSAGES), ("member", SECURED_BINDING)])
+def test_nothing_is_lost_or_comes_twice_while_claims_change(
+    site: Site, role: str, binding: Mapping[str, Any]
+) -> None:
+    """Also where the server is asked about what waits, as who had the token by then."""
+    site.database.execute(f"{CLEAN}; DELETE FROM secured")
+    marked(site, f"before claims {role}")
+    table = binding["table"]
+    with phoenix(site.service.url, site.tokens.good(role=role)) as client:
+        ref = client.join("claims", [binding, MARKS]).ref
+        for turn in range(30):
+            new = {"access_token": site.tokens.good(role=role, turn=turn)}
+            client.send("realtime:claims", "access_token", new, join_ref=ref)
+            site.database.execute(
+                f"INSERT INTO {table} VALUES (%s, 'ada', 'x'), (%s, 'bob', 'SECRET')",
+                turn,
+                turn + 1000,
+            )
+        site.mark(f"claims {role}")
+        changes = until_mark(client, "claims", f"claims {role}")
+        assert [one["record"]["id"] for one in changes] == list(range(30))
+        assert_nothing_in(client.received, "SECRET")

@@ -1,4 +1,4 @@
-"""What a client may not be able to do to others, and what may not be lost, on the seams of parts."""
+"""What no client may do to others, and what may not be lost, on the seams between the parts."""
 
 from __future__ import annotations
 
@@ -279,8 +279,8 @@ def test_long_ranges_cost_little_when_case_is_ignored() -> None:
     ("pattern", "matching", "others"),
     [
         ("[k-l]", "kKlL", "jJmM\u212a"),
-        ("[α-ω]", "αΑςΣσΩ", "aA"),
-        ("[\u2100-\u212a]", "\u2126\u212akω", "aAKΩ"),
+        ("[\u03b1-\u03c9]", "\u03b1\u0391\u03c2\u03a3\u03c3\u03a9", "aA"),
+        ("[\u2100-\u212a]", "\u2126\u212ak\u03c9", "aAK\u03a9"),
         ("[!-\U00018000]", "aÄ\u212a\uff21\U00010400", "\U0001e900 "),
     ],
 )

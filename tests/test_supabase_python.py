@@ -16,6 +16,7 @@ from tests.supabase_tests import (
     ChangesTests,
     ReturnTests,
     RoomsTests,
+    client_of,
     every_change_comes_once,
     rejoins_after_a_restart,
 )
@@ -64,6 +65,19 @@ class TestAccess(AccessTests):
 
 class TestReturn(ReturnTests):
     pass
+
+
+def test_a_channel_is_not_lost_when_the_client_joins_anew_after_an_error(
+    told: Told, service: SupabaseService
+) -> None:
+    """It does so a second after each system message of an error."""
+    table = service.table("id int PRIMARY KEY")
+    channel = client_of(told, service).channel(service.topic()).on_changes("right", table=table)
+    channel.on_changes("wrong", table=table, filter="nope=eq.1").subscribe()
+    channel.wait_for_joins(3)
+    service.execute(f"INSERT INTO {table} VALUES (1)")
+    channel.wait_for(lambda it: it.ids("right") == [1])
+    assert "CLOSED" not in channel.statuses
 
 
 def test_a_restart_of_walstream(

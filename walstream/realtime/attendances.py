@@ -109,6 +109,7 @@ class Attendance:
         self._running: set[asyncio.Task[None]] = set()
         self._in_turn = asyncio.Lock()
         self._expiry = Expiry()
+        self._problems: Sequence[str] = ()
 
     # Called by the socket
 
@@ -220,13 +221,13 @@ class Attendance:
         """
         if not self._wanted:
             return []
+        if self._following is not None:
+            await self._following.renew(self._reader, self._tasks)
         hub = await self._hub()
         if hub is None:
             return [not_enabled(binding.parameters) for binding in self._wanted]
         if self._following is None:
             self._following = self._make_following(hub)
-        else:
-            await self._following.renew(self._reader, self._tasks)
         found = [await self._begin(binding, hub, self._following) for binding in self._wanted]
         return [problem for problem in found if problem]
 
@@ -281,6 +282,7 @@ class Attendance:
 
     def _follow(self, problems: Sequence[str]) -> None:
         """Tell how it is with the bindings, and let the changes come."""
+        self._problems = problems
         for problem in problems:
             self._tell_of_changes("error", problem)
         if self._following is not None and len(problems) < len(self._wanted):
@@ -304,7 +306,8 @@ class Attendance:
         try:
             await self._admit(token)
             self._expiry.renew(self._reader, self._expire)
-            problems = await self._subscribe() if self._reader.grants != before else []
+            is_same = self._reader.grants == before
+            problems = self._problems if is_same else await self._subscribe()
         except ReaderRefused as refusal:
             if refusal.cause is Cause.UNAVAILABLE:
                 self._end_connection(End.CLOSING)

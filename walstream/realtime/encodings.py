@@ -89,7 +89,11 @@ class ChannelEncoding:
         return b'%b{"ids":[%b],"data":' % (self._opening, ids)
 
     def note(self, event: str, content: dict[str, Any], position: Position | None) -> bytes:
-        """Tell of what may be missing, as the system message of an error; of nothing else."""
+        """Tell of what may be missing, as a system message; of nothing else.
+
+        In version 1.0.0 it is not of an error, after which the client for Python joins anew: from
+        the same position, so that it would be told that again and again.
+        """
         if event != "reset":
             return b""
         version, topic, _, _ = self._key
@@ -97,7 +101,7 @@ class ChannelEncoding:
         payload = {
             "channel": topic.removeprefix(PREFIX),
             "extension": "postgres_changes",
-            "status": "error",
+            "status": "ok" if version is Version.V1 else "error",
             "message": f"Changes may be missing: {reason}; what is kept begins behind"
             f" {content['begins']}, and the channel goes on behind {position}",
         }

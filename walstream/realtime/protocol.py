@@ -189,7 +189,13 @@ class Protocol(Answers):
 
     def _replace(self, topic: str) -> list[Event]:
         channel = self._channels.get(topic)
-        return [] if channel is None else [Left(channel), Answer(self.close(channel))]
+        if channel is None:
+            return []
+        closed = self.close(channel)
+        # The client for Python takes any phx_close for its own, and joins anew after each error:
+        # it would be without the channel for good. Others look at the join's reference.
+        told = b"" if self.version is Version.V1 else closed
+        return [Left(channel), *([Answer(told)] if told else [])]
 
     def _refusal(self, message: Message, now: float) -> str:
         if message.topic == PREFIX:
