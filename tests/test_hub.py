@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from walstream.access import Grant, Reader, Sight
 from walstream.catalog import Catalog
 from walstream.changes import Change, Column, Layout, Operation, Relation, Transaction
-from walstream.filters import parse
+from walstream.filters import Literal, parse
+from walstream.live import compiled
 from walstream.live import hub as hub_module
 from walstream.live.clients import Client, End
 from walstream.live.encodings import JSON_LINES, Encoding
 from walstream.live.history import Recent
 from walstream.live.hub import Hub
+from walstream.live.literals import Literals
 from walstream.live.sink import LiveSink
 from walstream.live.streams import Beginning, serve
 from walstream.live.subscriptions import Subscription, named_columns
@@ -64,12 +66,12 @@ class FakeCatalog(Catalog):
         self.types = TYPES
 
 
-class SlowHub(Hub):
+class SlowLiterals(Literals):
     """Gives way whenever something is compiled, as if the catalog were asked."""
 
-    async def _view(self, *arguments: Any) -> View | None:
+    async def normalise(self, literals: Iterable[Literal], layout: Layout) -> dict[Literal, str]:
         await asyncio.sleep(0)
-        return await super()._view(*arguments)
+        return await super().normalise(literals, layout)
 
 
 class Sent:
@@ -278,7 +280,7 @@ class Scenario:
     """A hub, and who comes and goes."""
 
     def __init__(self, kept: int) -> None:
-        self.hub = SlowHub(FakeCatalog(), Recent(kept, 1 << 30))
+        self.hub = Hub(FakeCatalog(), Recent(kept, 1 << 30))
         self.sink = LiveSink("live", self.hub)
         self.published: list[Change] = []
         self.clients: list[tuple[Client, Sent, Position, asyncio.Task[Any]]] = []
@@ -340,7 +342,7 @@ def assert_is_empty(hub: Hub) -> None:
     """Nobody is there, and nothing is left of who was."""
     assert hub.client_count == 0
     assert not hub._cohorts
-    for index in hub._indexes.values():
+    for index in hub.compiled._indexes.values():
         assert not index._groups
         for found in (*index._found.values(), index._leaving):
             assert not found.scanned
@@ -351,7 +353,8 @@ def assert_is_empty(hub: Hub) -> None:
 def in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each change is published by itself, and there is room for two layouts of three."""
     monkeypatch.setattr(hub_module, "SLICE_SECONDS", 0.0)
-    monkeypatch.setattr(hub_module, "MAX_LAYOUTS", 2)
+    monkeypatch.setattr(compiled, "MAX_LAYOUTS", 2)
+    monkeypatch.setattr(hub_module, "Literals", SlowLiterals)
 
 
 @given(steps, st.sampled_from([3, 10_000]))

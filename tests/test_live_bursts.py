@@ -72,7 +72,7 @@ async def publish_to(*connections: Connection) -> list[Client]:
     cohort = hub.cohort(wanted, READER, JSON_LINES)
     clients = [Client(cohort, one, QUEUE_BYTES) for one in connections]
     for client in clients:
-        assert hub.join(client, await hub.prepare(cohort))
+        assert hub.join(client, await hub.compiled.prepare(cohort))
     changes = burst()
     assert Position.of(changes[0]) > hub.position
     await asyncio.wait_for(sink.take(changes), 10)

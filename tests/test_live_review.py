@@ -65,7 +65,7 @@ class Clients:
         self, reader: Reader = READER, where: str = "", to: Encoding = JSON_LINES
     ) -> Client:
         client = self.client(reader, where, to)
-        assert self.hub.join(client, await self.hub.prepare(client.cohort))
+        assert self.hub.join(client, await self.hub.compiled.prepare(client.cohort))
         return client
 
 

@@ -13,12 +13,14 @@ from typing import Any, Final
 import pytest
 
 from tests.postgres import async_wait_until
+from tests.test_sieves import Place
 from walstream.access import Gate
 from walstream.access.readers import Reader
 from walstream.catalog import Catalog
 from walstream.config.access import AccessConfig
 from walstream.config.live import LiveConfig
 from walstream.config.realtime import RealtimeConfig
+from walstream.live import sieves
 from walstream.live.clients import Client, End
 from walstream.live.encodings import JSON_LINES
 from walstream.live.history import Recent
@@ -289,3 +291,22 @@ def test_a_range_has_what_its_characters_stand_for(
 ) -> None:
     matches = linear_expression(pattern, fold_case=True)
     assert [one for one in matching + others if matches(one)] == list(matching)
+
+
+async def test_large_rows_that_wait_for_an_answer_are_bounded_by_their_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And counted down by each that is sent."""
+    monkeypatch.setattr(sieves, "MAX_WAITING_BYTES", 2000)
+    place = Place()
+    await place.begin()
+    client = await place.client()
+    for number in range(20):
+        await place.insert(number)
+        await async_wait_until(lambda: [number] in place.oracle.asked)  # noqa: B023
+    assert client.end is None
+    place.oracle.may_answer.clear()
+    await place.insert(*range(20, 30))
+    await async_wait_until(lambda: client.end is End.SLOW)
+    place.oracle.may_answer.set()
+    await place.end()

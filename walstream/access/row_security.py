@@ -80,7 +80,7 @@ class RowSecurity:
             dsn, application_name=application_name, max_connections=max_connections
         )
         self._timeout_seconds = timeout_seconds
-        self._desks: dict[Hashable, _Desk] = {}
+        self._inquiries: dict[Hashable, _Inquiry] = {}
         self._slow: dict[Hashable, None] = {}
         self._lookups: dict[tuple[Layout, Relation], Lookup] = {}
         self._prepared: dict[Hashable, Asked | None] = {}
@@ -106,8 +106,8 @@ class RowSecurity:
             changes: inserts and updates of one layout, at least one.
             masked: columns that they carry in another form than the table.
         """
-        desk = self._desk(sight, changes[0].layout, masked)
-        answers = [desk.take(change) for change in changes]
+        inquiry = self._inquiry(sight, changes[0].layout, masked)
+        answers = [inquiry.take(change) for change in changes]
         await asyncio.wait(answers)  # which are others' answers, too: they are not cancelled
         return [answer.result() for answer in answers]
 
@@ -122,7 +122,7 @@ class RowSecurity:
 
     async def close(self) -> None:
         """Stop asking; what is not answered is not shown."""
-        tasks = [desk.task for desk in self._desks.values()]
+        tasks = [inquiry.task for inquiry in self._inquiries.values()]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -130,23 +130,24 @@ class RowSecurity:
         self._prepared.clear()
         await self._connections.close()
 
-    def _desk(self, sight: Sight, layout: Layout, masked: frozenset[str]) -> _Desk:
+    def _inquiry(self, sight: Sight, layout: Layout, masked: frozenset[str]) -> _Inquiry:
         key = (sight, layout, masked)
-        desk = self._desks.get(key)
-        if desk is None:
+        inquiry = self._inquiries.get(key)
+        if inquiry is None:
 
             async def answer(changes: Sequence[Change]) -> list[bool]:
                 return await self._answer(sight, changes, masked)
 
-            desk = self._desks[key] = _Desk(answer, lambda: self._desks.pop(key))
-        return desk
+            inquiry = _Inquiry(answer, lambda: self._inquiries.pop(key))
+            self._inquiries[key] = inquiry
+        return inquiry
 
     async def _answer(
         self, sight: Sight, changes: Sequence[Change], masked: frozenset[str]
     ) -> list[bool]:
-        """Answer a desk."""
+        """Answer an inquiry."""
         layout, persona = changes[0].layout, sight.persona
-        assert persona is not None  # noqa: S101 - nobody else has a desk
+        assert persona is not None  # noqa: S101 - nobody else inquires
         relation = asked_relation(sight, layout)
         try:
             lookup = await self._lookup(layout, relation)
@@ -270,7 +271,7 @@ class _Batch(msgspec.Struct, frozen=True, eq=False):
     began: float
 
 
-class _Desk:
+class _Inquiry:
     """Collects what is asked of one table as one reader, and has it answered in turn."""
 
     def __init__(

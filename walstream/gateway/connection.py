@@ -15,12 +15,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from walstream.gateway.compression import Compressor
 from walstream.gateway.handshake import HandshakeRefused, accept, split_target
+from walstream.gateway.notices import ANSWER_FULL, LOGGER, refusal
 from walstream.gateway.rounds import DirectStream
 from walstream.gateway.shared import Shared
 from walstream.gateway.socket_connection import SocketConnection
 from walstream.gateway.stalls import Stall
 from walstream.gateway.streams import EXTENSION, HIGH_BYTES, LOW_BYTES, Ended
-from walstream.gateway.told import ANSWER_FULL, LOGGER, refusal
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")
 

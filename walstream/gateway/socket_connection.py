@@ -18,12 +18,12 @@ from starlette.types import ASGIApp, Message, Scope
 
 from walstream.gateway.inbox import Inbox
 from walstream.gateway.incoming import Closing, Ping, Violation
+from walstream.gateway.notices import ANSWER_FULL, answer, refusal, tell_failed
 from walstream.gateway.rounds import DirectStream, Rounds
 from walstream.gateway.shared import Shared
 from walstream.gateway.sockets import DENIAL, EXTENSION, LINGER_SECONDS, Socket
 from walstream.gateway.stalls import Stall
 from walstream.gateway.streams import Ended
-from walstream.gateway.told import ANSWER_FULL, answer, refusal, tell_failed
 from walstream.realtime.frames import PING, PONG, CloseCode, close_frame, control_frame
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")

@@ -14,25 +14,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Final, TypeAlias
 
 import structlog
 
 from walstream.access.readers import Reader
 from walstream.catalog import Catalog
-from walstream.changes import Change, Layout
-from walstream.errors import FilterError, SinkFailed, Unavailable
+from walstream.changes import Change, memory_bytes
 from walstream.live.clients import Client, Cohort, End, Joined
+from walstream.live.compiled import Compiled, Prepared
 from walstream.live.encodings import Encoding, Sighting
 from walstream.live.history import History
-from walstream.live.index import Group, LayoutIndex
+from walstream.live.index import Group
 from walstream.live.literals import Literals
 from walstream.live.requests import Requests
 from walstream.live.sieves import Backlog, Doubt, Held, Judge, RowSecurity, Sieve
-from walstream.live.subscriptions import Subscription, named_columns
-from walstream.live.turns import SLICE_SECONDS, Turn, Turns
-from walstream.live.views import Look, View, literals_of
+from walstream.live.subscriptions import Subscription
+from walstream.live.turns import SLICE_SECONDS, Turns
+from walstream.live.views import Look, View
 from walstream.lsn import Lsn
 from walstream.positions import BEGINNING, Position
 from walstream.values import UnknownLabel
@@ -43,15 +43,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.live")
 SLICE_BYTES: Final = 1 << 16
 """So much is given to a client at once, and a change more."""
 
-MAX_LAYOUTS: Final = 512
-_Index: TypeAlias = LayoutIndex[Cohort]
 _Shown: TypeAlias = dict[Hashable, bytes]
 _Frames: TypeAlias = dict[Cohort, list[bytes]]
 _Seen: TypeAlias = dict[Cohort, tuple[Sighting, ...]]
 _Doubted: TypeAlias = dict[Cohort, list[Doubt]]
-
-Prepared: TypeAlias = dict[Layout, list[View]]
-"""A cohort's views, for each layout in the order of its subscriptions."""
 
 
 class Hub:
@@ -75,10 +70,10 @@ class Hub:
         self._catalog = catalog
         self._clients: dict[Client, None] = {}
         self._cohorts: dict[Hashable, Cohort] = {}
-        self._indexes: dict[Layout, _Index] = {}
-        self._literals = Literals(catalog)
-        self.requests = Requests(catalog, self._literals)
+        literals = Literals(catalog)
+        self.requests = Requests(catalog, literals)
         """What may be asked for."""
+        self.compiled = Compiled(catalog, literals, self._cohorts)
         self.judge = Judge(row_security, self.requests.masked)
         """What of it is seen that the server decides about."""
         self._backlog = Backlog()
@@ -118,35 +113,24 @@ class Hub:
         new = Cohort(subscriptions, reader, encoding)
         return self._cohorts.get(new.key, new)
 
-    async def prepare(self, cohort: Cohort) -> Prepared:
-        """Compile the cohort's views for all layouts that are indexed."""
-        prepared: Prepared = {}
-        turn = Turn()
-        for layout in list(self._indexes):
-            prepared[layout] = await self.views(cohort, layout)
-            await turn.give_way()
-        return prepared
-
     def join(self, client: Client, prepared: Prepared) -> bool:
         """Let a client have what is published from now on.
 
         Args:
             client: new.
-            prepared: by `prepare`.
+            prepared: by `Compiled.prepare`.
 
         Returns:
             Whether it is done; if not, there are layouts that were not prepared.
         """
         cohort = self._cohorts.get(client.cohort.key)
         if cohort is None:
-            if any(layout not in prepared for layout in self._indexes):
-                return False
             cohort = client.cohort
+            if not self.compiled.enter(cohort, prepared):
+                return False
             self._cohorts[cohort.key] = cohort
             if any(grant.sight.persona is not None for grant in cohort.reader.grants):
                 self._sieves[cohort] = Sieve(cohort, self.judge, self._backlog)
-            for layout, index in self._indexes.items():
-                _enter(cohort, index, prepared[layout])
         client.cohort = cohort
         sieve = self._sieves.get(cohort)
         client.joined = Joined(self.position, 0 if sieve is None else sieve.added)
@@ -172,20 +156,7 @@ class Hub:
             del self._cohorts[cohort.key]
             if cohort in self._sieves:
                 self._sieves.pop(cohort).close()
-            for layout, views in cohort.entered.items():
-                self._withdraw(cohort, layout, views)
-            cohort.entered.clear()
-
-    def _withdraw(self, cohort: Cohort, layout: Layout, views: Iterable[View]) -> None:
-        index = self._indexes.get(layout)
-        if index is None:
-            return
-        for key, _ in _keyed(views, cohort):
-            group = index.group(key)
-            if group is not None:
-                group.members.pop(cohort, None)
-                if not group.members:
-                    index.remove(key)
+            self.compiled.withdraw(cohort)
 
     def finish(self, end: End) -> None:
         """Let all streams end."""
@@ -234,11 +205,11 @@ class Hub:
         """
         done, unknown = 0, -1
         while done < len(changes):
-            await self._index(changes[done:])
+            await self.compiled.compile(changes[done:])
             done, is_known, pushed = self._publish_slice(changes, done, lenient=unknown)
             if not is_known:
                 unknown = done
-                await self.renew_types()
+                await self.compiled.renew_types()
             elif done < len(changes):
                 await asyncio.sleep(0)
             for client in pushed:
@@ -260,7 +231,7 @@ class Hub:
         done, is_known, size = begin, True, 0
         try:
             while done < len(changes) and size < SLICE_BYTES:
-                if changes[done].layout not in self._indexes:
+                if self.compiled.index(changes[done].layout) is None:
                     break  # the bound on layouts was reached
                 size += self._publish_one(changes[done], frames, strict=done != lenient)
                 done += 1
@@ -303,7 +274,7 @@ class Hub:
 
     def _seen_by(self, change: Change, doubted: _Doubted, *, strict: bool) -> _Seen:
         """Return who sees a change, and how; note who may, if row security shows it to them."""
-        index = self._indexes.get(change.layout)
+        index = self.compiled.index(change.layout)
         seen: _Seen = {}
         if index is None:
             return seen
@@ -326,8 +297,9 @@ class Hub:
 
     def _hold(self, change: Change, seen: _Seen, doubted: _Doubted) -> None:
         """Hold for cohorts with a sieve what they see, and what they may see."""
+        size_bytes = memory_bytes(change)
         for cohort in [one for one in {**seen, **doubted} if one in self._sieves]:
-            held = Held(change, seen.pop(cohort, ()), doubted.get(cohort, ()))
+            held = Held(change, seen.pop(cohort, ()), doubted.get(cohort, ()), size_bytes)
             self._sieves[cohort].add(held, self.position)
 
     def _tell_reset(self) -> None:
@@ -348,119 +320,11 @@ class Hub:
         }
         return encoding.note("reset", content, self.position)
 
-    # What is compiled
-
-    async def _index(self, changes: Sequence[Change]) -> None:
-        """Index the layouts that are new: all clients' views are compiled for them."""
-        layouts = dict.fromkeys(change.layout for change in changes)
-        new = [layout for layout in layouts if layout not in self._indexes]
-        for layout in new[: MAX_LAYOUTS // 2]:
-            index: _Index = LayoutIndex(layout)
-            views: dict[Cohort, list[View]] = {}
-            turn = Turn()
-            try:
-                while missing := [one for one in self._cohorts.values() if one not in views]:
-                    for cohort in missing:
-                        views[cohort] = await self.views(cohort, layout)
-                        await turn.give_way()
-            except Unavailable as error:
-                message = f"the catalog cannot be asked for {layout.relation}: {error.message}"
-                raise SinkFailed(message, hint=error.hint) from None
-            self._make_room()
-            self._indexes[layout] = index
-            for cohort in self._cohorts.values():
-                _enter(cohort, index, views[cohort])
-
-    def _make_room(self) -> None:
-        while len(self._indexes) >= MAX_LAYOUTS:
-            oldest = next(iter(self._indexes))
-            del self._indexes[oldest]
-            for cohort in self._cohorts.values():
-                cohort.entered.pop(oldest, None)
-                cohort.views.pop(oldest, None)
-
-    async def views(self, cohort: Cohort, layout: Layout) -> list[View]:
-        """Return the cohort's views of a layout, in the order of its subscriptions.
-
-        Raises:
-            Unavailable: the catalog cannot be asked.
-        """
-        known = cohort.views.get(layout)
-        if known is None:
-            known = [
-                view
-                for rank, subscription in enumerate(cohort.subscriptions)
-                if (view := await self._view(cohort.reader, subscription, layout, rank)) is not None
-            ]
-            if len(cohort.views) >= MAX_LAYOUTS:
-                del cohort.views[next(iter(cohort.views))]
-            cohort.views[layout] = known
-        return known
-
-    async def _view(
-        self, reader: Reader, subscription: Subscription, layout: Layout, rank: int
-    ) -> View | None:
-        covered = (layout.relation, *layout.ancestors)
-        if not any(subscription.pattern.covers(relation) for relation in covered):
-            return None
-        sight = reader.sight(layout)
-        if sight is None:
-            return None
-        if not all(map(sight.reads, named_columns(subscription))):
-            return None  # of a partition more may be hidden than of its table, which was checked
-        try:
-            normalised = await self._literals.normalise(
-                literals_of(subscription, sight, layout), layout
-            )
-            return View(subscription, sight, layout, normalised, rank)
-        except FilterError:
-            return None  # the table's types have changed since: nothing of it passes
-
-    async def renew_types(self) -> None:
-        """Compile everything anew: an enum has got a label.
-
-        Raises:
-            SinkFailed: the catalog cannot be asked.
-        """
-        try:
-            await self._catalog.renew_types()
-        except Unavailable as error:
-            raise SinkFailed(f"types cannot be asked for: {error.message}") from None
-        self._indexes.clear()
-        self._literals.forget()
-        for cohort in self._cohorts.values():
-            cohort.entered.clear()
-            cohort.views.clear()
-
     async def is_foreign(self, position: Position) -> bool:
         """Whether a position lies beyond all that the server has written: it is of another one."""
         return (
             position > self.position and position.end_lsn > (await self._catalog.server()).flush_lsn
         )
-
-
-def _enter(cohort: Cohort, index: _Index, views: list[View]) -> None:
-    """Enter a cohort into the groups of a layout."""
-    for key, view in _keyed(views, cohort):
-        group = index.group(key)
-        if group is None:
-            group = Group(view, cohort.encoding.form)
-            index.add(key, group)
-        group.members[cohort] = view.rank
-    cohort.entered[index.layout] = views
-
-
-def _keyed(views: Iterable[View], cohort: Cohort) -> Iterator[tuple[Hashable, View]]:
-    """Pair views with the keys of their groups.
-
-    What a client asks for twice is in two groups: a client may tell its subscriptions apart.
-    """
-    form = cohort.encoding.form
-    times: Counter[Hashable] = Counter()
-    for view in views:
-        alike = (view.subscription, view.sight)
-        times[alike] += 1
-        yield (*alike, form, times[alike]), view
 
 
 def look_at(view: View, change: Change, *, strict: bool) -> Look | None:

@@ -11,7 +11,8 @@ from walstream.changes import Change
 from walstream.journal import JournalTrimmed
 from walstream.live.clients import Client
 from walstream.live.encodings import Sighting
-from walstream.live.hub import SLICE_BYTES, Hub, Prepared, look_at
+from walstream.live.compiled import Prepared
+from walstream.live.hub import SLICE_BYTES, Hub, look_at
 from walstream.live.sieves import Doubt, Held
 from walstream.live.subscriptions import RequestRefused
 from walstream.live.turns import SLICE_SECONDS
@@ -42,14 +43,14 @@ class Missed:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         hub, client = self._hub, self._client
         beginnings = hub.beginnings
-        prepared = await hub.prepare(client.cohort)
+        prepared = await hub.compiled.prepare(client.cohort)
         while not client.has_ended():  # who has ended is not told that it has got all
             if hub.beginnings != beginnings:  # what was read is not connected with what comes
                 raise JournalTrimmed(hub.history.begins)
             if self.position >= hub.position:
                 if hub.join(client, prepared):
                     return
-                prepared = await hub.prepare(client.cohort)
+                prepared = await hub.compiled.prepare(client.cohort)
                 continue
             upto = hub.position
             async for piece in self.read(upto):
@@ -80,7 +81,7 @@ class Missed:
                     yield b"".join(frames)
                 if not is_known:  # an enum has got a label while no client compared with it
                     self._has_renewed = True
-                    await hub.renew_types()
+                    await hub.compiled.renew_types()
                     self._client.cohort.views.clear()  # it need not be one that the hub knows
                     views = await self._views(changes)
 
@@ -88,7 +89,7 @@ class Missed:
         """Compile; what the hub forgets meanwhile is kept here."""
         cohort = self._client.cohort
         layouts = dict.fromkeys(change.layout for change in changes)
-        return {layout: await self._hub.views(cohort, layout) for layout in layouts}
+        return {layout: await self._hub.compiled.views(cohort, layout) for layout in layouts}
 
     def _seen(
         self, changes: Sequence[Change], begin: int, views: Prepared

@@ -26,6 +26,9 @@ from walstream.vitals import RowSecurityVitals
 MAX_WAITING: Final = 10_000
 """So many changes may wait for a cohort."""
 
+MAX_WAITING_BYTES: Final = 64 << 20
+"""So much those may take; what waits for several cohorts is mostly the same."""
+
 MAX_WAITING_TOGETHER: Final = 200_000
 """So many may wait for all."""
 
@@ -62,11 +65,15 @@ Masks: TypeAlias = Callable[[Layout], frozenset[str]]
 
 
 class Held(msgspec.Struct, frozen=True, eq=False):
-    """What a cohort sees of a change, and what it sees only if it is shown."""
+    """What a cohort sees of a change, and what it sees only if it is shown.
+
+    ``size_bytes`` is about what the change takes in memory.
+    """
 
     change: Change
     sightings: Sequence[Sighting]
     doubts: Sequence[Doubt]
+    size_bytes: int = 0
 
 
 class Judge:
@@ -133,22 +140,28 @@ class Sieve:
         self._judge = judge
         self._backlog = backlog
         self._waiting: deque[Held] = deque()
+        self._waiting_bytes = 0
         self._position = BEGINNING
         self._task: asyncio.Task[None] | None = None
 
     def add(self, held: Held, behind: Position) -> None:
         """Let something wait; ``behind`` is the position before it."""
         backlog = self._backlog
-        if len(self._waiting) >= MAX_WAITING or backlog.waiting >= MAX_WAITING_TOGETHER:
+        if self._is_full or backlog.waiting >= MAX_WAITING_TOGETHER:
             self._give_up()
             return
         if not self._waiting:
             self._position = behind
         self._waiting.append(held)
+        self._waiting_bytes += held.size_bytes
         self.added += 1
         backlog.waiting += 1
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="sieve")
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
 
     def reached(self, client: Client) -> Position | None:
         """Return up to where a client has got all; None when nothing waits."""
@@ -161,6 +174,7 @@ class Sieve:
         """Forget what waits."""
         self._backlog.waiting -= len(self._waiting)
         self._waiting.clear()
+        self._waiting_bytes = 0
 
     def close(self) -> None:
         """Stop: nobody is there any more."""
@@ -190,8 +204,9 @@ class Sieve:
         clients = list(self._cohort.clients)
         for client in clients:
             self._push(client, frames[max(0, client.joined.held - first) :])
-        for _ in batch:
+        for one in batch:
             self._waiting.popleft()
+            self._waiting_bytes -= one.size_bytes
         self._backlog.waiting -= len(batch)
         self._position = Position.of(batch[-1].change)
         for client in clients:  # nobody is cut off because we ask faster than we send

@@ -54,7 +54,7 @@ def tell_failed(error: BaseException) -> None:
         log.error("http_failed", error=type_and_place(error))
 
 
-class _Told(logging.Handler):
+class _Notices(logging.Handler):
     """Makes events of what uvicorn's protocol logs: a request of no use, an answer that failed."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -68,7 +68,7 @@ class _Told(logging.Handler):
 def _make_logger() -> logging.Logger:
     """Make a logger outside of the process's tree: uvicorn's own may be somebody else's."""
     logger = logging.Logger("walstream.gateway", logging.WARNING)  # noqa: LOG001 - outside of it
-    logger.addHandler(_Told())
+    logger.addHandler(_Notices())
     return logger
 
 
