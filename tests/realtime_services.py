@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import jwt
-
+from tests.tokens import signed
 from walstream import config
 from walstream.access import Gate
 from walstream.realtime.rooms import Rooms
@@ -16,7 +15,7 @@ SECRET: Final = "a secret of thirty-two bytes or more"  # noqa: S105 - of tests
 
 
 def token(role: str, **claims: Any) -> str:
-    return jwt.encode({"role": role, "exp": 4_000_000_000, **claims}, SECRET, "HS256")
+    return signed(SECRET, role, **{"exp": 4_000_000_000, **claims})
 
 
 def services(**realtime: Any) -> Services:

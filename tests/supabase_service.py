@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
-import jwt
 
 from tests.command_line import CommandLine, slot_name
 from tests.live_service import live_service
 from tests.postgres import Database, create_database, drop_database
 from tests.proxy import Proxy
+from tests.tokens import signed
 
 SECRET: Final = "a secret that only the service and the tests know"  # noqa: S105 - of nobody
 
@@ -45,9 +44,7 @@ write = ["authenticated"]
 
 def token(role: str = "anon", *, seconds: float = 3600, **claims: Any) -> str:
     """Sign a token that expires so soon."""
-    content = {"role": role, "exp": int(time.time() + seconds), **claims}
-    signed: str = jwt.encode(content, SECRET, "HS256")
-    return signed
+    return signed(SECRET, role, seconds=seconds, **claims)
 
 
 class SupabaseService:

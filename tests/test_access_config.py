@@ -12,9 +12,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from typer.testing import CliRunner
 
+from tests.checks import SLOT, mend
 from tests.postgres import Database
 from tests.test_access import EC_KEY, RSA_KEY, SECRET, answering, jwk, layout, pem, serving
-from tests.test_check import SLOT, mend
 from walstream import config as configuration
 from walstream.access import Gate
 from walstream.check import Finding, Status, check

@@ -10,16 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from tests.checks import finding, findings, mend, route_findings, routed, settings
 from tests.conftest import StartCluster
 from tests.postgres import Database, async_wait_until, wait_until
 from walstream import Walstream
-from walstream import config as configuration
 from walstream.check import QUESTIONS, Finding, Report, Status, check
 from walstream.config import Config
 from walstream.connection import ReplicationConnection
@@ -27,48 +27,6 @@ from walstream.decoder import START_OPTIONS
 from walstream.errors import EX_CONFIG, EX_OK, EX_TEMPFAIL, EX_USAGE
 from walstream.lsn import Lsn
 from walstream.protocol import status_update
-
-SLOT: Final[dict[str, Any]] = {"create": True, "name": "walstream_checked"}
-"""On a server that is shared, one of the usual name may be somebody's."""
-
-
-def settings(dsn: str, *, replication_dsn: str | None = None, **slot: Any) -> Config:
-    """A configuration; the slot is made at the first start unless said otherwise."""
-    postgres = {"dsn": dsn} | ({"replication_dsn": replication_dsn} if replication_dsn else {})
-    return configuration.parse({"postgres": postgres, "slot": {**SLOT, **slot}})
-
-
-async def findings(config: Config, group: str, name: str = "") -> list[Finding]:
-    report = await check(config)
-    return [one for one in report.findings if one.group == group and one.name.startswith(name)]
-
-
-async def finding(config: Config, group: str, name: str) -> Finding:
-    [found] = await findings(config, group, name)
-    return found
-
-
-def routed(dsn: str, **route: Any) -> Config:
-    """A configuration with one route, to the standard output."""
-    return configuration.parse(
-        {
-            "postgres": {"dsn": dsn},
-            "slot": SLOT,
-            "routes": [{"to": "out", "name": "mine", **route}],
-            "sinks": {"out": {"type": "stdout"}},
-        }
-    )
-
-
-async def route_findings(database: Database, **route: Any) -> list[Finding]:
-    return await findings(routed(database.dsn, **route), "routes")
-
-
-def mend(database: Database, found: Finding) -> None:
-    assert found.mend
-    for statement in found.mend.splitlines():
-        if not statement.startswith("-- "):
-            database.execute(statement)
 
 
 def is_probe_left(database: Database) -> bool:

@@ -19,10 +19,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from tests.checks import finding, settings
 from tests.conftest import StartCluster
 from tests.postgres import Database, wait_until
 from tests.proxy import Direction, Proxy, Which
-from tests.test_check import finding, settings
 from walstream import Walstream
 from walstream.check import Status, check, connections, site
 from walstream.check.connections import is_exposed

@@ -15,8 +15,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from tests.checks import SLOT, finding
 from tests.postgres import Database
-from tests.test_check import SLOT, finding
 from walstream import Change, Walstream, files
 from walstream import config as configuration
 from walstream.assembly import letters_of

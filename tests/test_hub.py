@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.hubs import COLUMNS, TYPES, FakeCatalog, Sent, layout
 from walstream.access import Grant, Reader, Sight
-from walstream.catalog import Catalog
 from walstream.changes import Change, Column, Layout, Operation, Relation, Transaction
 from walstream.filters import Literal, parse
 from walstream.live import compiled
@@ -36,34 +36,9 @@ from walstream.realtime.encodings import ChannelEncoding
 from walstream.realtime.frames import split
 from walstream.realtime.messages import Version
 from walstream.router import ALL_OPERATIONS, TablePattern
-from walstream.values import Types
 
-TYPES: Final = Types(lambda _: lambda text: text.decode())
-COLUMNS: Final = {"id": 23, "owner": 25, "size": 23}
 ROOT: Final = Relation("public", "root")
-
-
-def layout(name: str, *ancestors: Relation, key: Sequence[str] = ("id",)) -> Layout:
-    return Layout(
-        Relation("public", name),
-        list(COLUMNS),
-        list(COLUMNS.values()),
-        list(key),
-        TYPES,
-        ancestors,
-        columns=COLUMNS,
-    )
-
-
 LAYOUTS: Final = (layout("one"), layout("two", key=()), layout("three", ROOT))
-
-
-class FakeCatalog(Catalog):
-    """Is not asked."""
-
-    def __init__(self) -> None:
-        super().__init__("", application_name="")
-        self.types = TYPES
 
 
 class SlowLiterals(Literals):
@@ -72,37 +47,6 @@ class SlowLiterals(Literals):
     async def normalise(self, literals: Iterable[Literal], layout: Layout) -> dict[Literal, str]:
         await asyncio.sleep(0)
         return await super().normalise(literals, layout)
-
-
-class Sent:
-    """A client's connection that takes everything at once, or nothing."""
-
-    def __init__(self, *, is_read: bool = True) -> None:
-        self.is_read = is_read
-        self.pieces: list[bytes] = []
-        self.waiting_bytes = 0
-
-    def write(self, piece: bytes) -> None:
-        self.pieces.append(piece)
-        if not self.is_read:
-            self.waiting_bytes += len(piece)
-
-    def drop(self) -> None:
-        self.waiting_bytes = 0
-
-    async def room(self) -> None:
-        await asyncio.sleep(0)
-
-    @property
-    def is_behind(self) -> bool:
-        return False
-
-    async def moved(self) -> None:
-        """Nothing waits."""
-
-    @property
-    def lines(self) -> list[bytes]:
-        return [line for line in b"".join(self.pieces).splitlines() if line]
 
 
 # What can happen

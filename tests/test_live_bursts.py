@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.test_hub import FakeCatalog
-from walstream.access import Grant, Reader, Sight
+from tests.hubs import READER, FakeCatalog
 from walstream.changes import Change
 from walstream.live.clients import Client, End
 from walstream.live.encodings import JSON_LINES
@@ -21,8 +20,6 @@ from walstream.testing.changes import new_transaction
 
 QUEUE_BYTES = 1 << 18
 CHANGES = 1000
-
-READER = Reader("anybody", grants=(Grant(TablePattern(None, None), Sight("*.*")),))
 
 
 class Connection:

@@ -11,9 +11,8 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from tests.hubs import READER, FakeCatalog, Sent
 from tests.serving import Streams, serving
-from tests.test_hub import FakeCatalog, Sent
-from tests.test_live_bursts import READER
 from walstream.access import Grant, Reader, Sight
 from walstream.changes import Change, Layout, Relation
 from walstream.filters import parse

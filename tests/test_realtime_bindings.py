@@ -591,7 +591,10 @@ def written(draw: st.DrawFn, column: str) -> str:
             value = draw(st.sampled_from(truths))
         case Operator.IN:
             some = draw(st.lists(values | values | st.none(), max_size=4))
-            value = f"({draw(st.sampled_from([',', ' , '])).join(map(listed, some))})"
+            texts = list(map(listed, some))
+            # Quotes behind a space do not open, and so do not hide a parenthesis.
+            is_plain = not {"(", ")"} & set("".join(texts))
+            value = f"({(draw(st.sampled_from([',', ' , '])) if is_plain else ',').join(texts)})"
         case Operator.LIKE | Operator.ILIKE:
             value = built(draw(live.LIKE_PATTERNS | values))
         case Operator.MATCH | Operator.IMATCH:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jwt
 import psycopg
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -16,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from tests.command_line import CommandLine, slot_name
 from tests.live_service import LiveService, configure, live_service
 from tests.phoenix import Phoenix, phoenix
+from tests.tokens import signed
 from walstream.testing.databases import Database, create_database, drop_database
 
 SECRET = "of-the-tests-alone-and-long-enough"  # noqa: S105 - of no value
@@ -53,8 +52,7 @@ NOTES = {"event": "*", "schema": "public", "table": "notes"}
 
 
 def token(role: str = "everybody", *, seconds: float = 600, **claims: Any) -> str:
-    content = {"role": role, "exp": int(time.time() + seconds), **claims}
-    return jwt.encode(content, SECRET, "HS256")
+    return signed(SECRET, role, seconds=seconds, **claims)
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,28 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import pytest
+from starlette.types import Message
+from structlog.testing import capture_logs
 
+from tests.hubs import FakeCatalog, Sent
 from tests.postgres import async_wait_until
 from tests.test_sieves import Place
 from walstream.access import Gate
 from walstream.access.readers import Reader
 from walstream.catalog import Catalog
+from walstream.changes import Relation
 from walstream.config.access import AccessConfig
 from walstream.config.live import LiveConfig
 from walstream.config.realtime import RealtimeConfig
+from walstream.gateway.notices import tell_failed
+from walstream.gateway.sockets import ThroughSocket
 from walstream.live import sieves
 from walstream.live.clients import Client, End
 from walstream.live.encodings import JSON_LINES
 from walstream.live.history import Recent
 from walstream.live.hub import Hub
-from walstream.live.streams import Beginning, serve
+from walstream.live.requests import AT_ONCE
+from walstream.live.streams import Beginning, begin_at, serve
 from walstream.patterns import linear_expression
 from walstream.positions import BEGINNING
 from walstream.realtime.frames import split, text_frame
@@ -193,6 +200,7 @@ async def test_channels_that_read_what_they_missed_wait_for_room_one_after_anoth
     """All at once would be more than may wait for a client that is not slow."""
     monkeypatch.setattr("walstream.live.streams.Missed", Missed)
     hub = Hub(Catalog("host=127.0.0.1 port=1", application_name="tests"), Recent(10, 1000))
+    hub.has_begun = True
     socket = FakeSocket()
     socket.is_read = False
     cohort = hub.cohort([], Reader("anybody"), JSON_LINES)
@@ -208,6 +216,31 @@ async def test_channels_that_read_what_they_missed_wait_for_room_one_after_anoth
     for client in clients:
         client.finish(End.LEFT)
     await asyncio.gather(*serving)
+
+
+async def test_who_is_to_be_served_by_a_sink_that_was_closed_meanwhile_is_sent_away() -> None:
+    """Clients come back, and ask for what is there then."""
+    place = Place()
+    await place.begin()
+    beginning = await begin_at(place.hub, None)
+    await place.sink.close()
+    cohort = place.hub.cohort([], Reader("anybody"), JSON_LINES)
+    client = Client(cohort, Sent(), 1000)
+    async with asyncio.timeout(5):
+        await serve(place.hub, client, beginning, 60)
+    assert client.end is End.CLOSING
+
+
+async def test_a_client_that_has_gone_before_the_goodbye_is_no_error() -> None:
+    """ASGI servers raise OSError for what is sent to such a one."""
+
+    async def send(_: Message) -> None:
+        raise OSError
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    await ThroughSocket(receive, send, 1000).close()
 
 
 # What does not cost others
@@ -310,3 +343,52 @@ async def test_large_rows_that_wait_for_an_answer_are_bounded_by_their_bytes(
     await async_wait_until(lambda: client.end is End.SLOW)
     place.oracle.may_answer.set()
     await place.end()
+
+
+class AskedAtOnce(FakeCatalog):
+    """Counts who waits for an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = self.most = self.asked = 0
+
+    async def table(self, relation: Relation) -> None:
+        del relation
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        await asyncio.sleep(0)
+        self.waiting -= 1
+        self.asked += 1
+
+
+async def test_clients_who_ask_for_much_are_few_in_the_line_before_the_catalog() -> None:
+    """The stream stands in the same one."""
+    catalog = AskedAtOnce()
+    hub = Hub(catalog, Recent(10, 1000))
+    hub.has_begun = True
+    bindings = [{**NOTES, "table": f"t{number}"} for number in range(20)]
+    async with visiting(make_services(hub)) as socket:
+        for number in range(50):
+            config = {"config": {"postgres_changes": bindings}}
+            socket.say("1", "1", f"{TOPIC}{number}", "phx_join", config)
+        await async_wait_until(lambda: len(socket.events("phx_reply")) == 50)
+    assert catalog.most <= AT_ONCE
+    assert catalog.asked <= AT_ONCE * len(bindings)
+
+
+def test_what_fails_in_a_task_of_a_socket_is_told_by_its_place_and_not_by_its_text() -> None:
+    async def fail() -> None:
+        raise ValueError("secret")
+
+    async def serve_a_socket() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fail())
+
+    with capture_logs() as logged:
+        try:
+            asyncio.run(serve_a_socket())
+        except* ValueError as group:
+            tell_failed(group)
+    [told] = logged
+    assert told["error"].startswith("ValueError at test_realtime_review.py:")
+    assert "secret" not in str(told)

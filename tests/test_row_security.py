@@ -18,18 +18,18 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import jwt
 import psycopg
 import pytest
 from structlog.testing import capture_logs
 
+from tests.checks import mend
 from tests.command_line import CommandLine
 from tests.conftest import StartCluster
+from tests.hubs import Sent
 from tests.live_service import live_service
 from tests.phoenix import Phoenix, phoenix
 from tests.postgres import Database, async_wait_until
-from tests.test_check import mend
-from tests.test_hub import Sent
+from tests.tokens import signed
 from walstream import Walstream, config
 from walstream.access import Gate, Grant, Reader, Sight
 from walstream.check import Finding, Status, check
@@ -200,8 +200,7 @@ class Site:
         self, role: str | None, since: str | None = None, query: str = "", **claims: Any
     ) -> Listener:
         """Let somebody listen to everything, or to what is asked for."""
-        content = {"role": role, "exp": int(time.time()) + 600} | claims
-        token = None if role is None else jwt.encode(content, KEY)
+        token = None if role is None else token_of(role, **claims)
         reader = await self.gate.admit(token)
         pairs = [tuple(one.split("=", 1)) for one in query.split("&")] if query else []
         asked: Any = [*pairs, ("table", "public.marks")] if pairs else [("table", "public.*")]
@@ -898,7 +897,7 @@ def test_by_websocket_each_reader_sees_exactly_its_rows(shop: Database, tmp_path
 
 
 def token_of(role: str, **claims: Any) -> str:
-    return jwt.encode({"role": role, "exp": int(time.time()) + 600} | claims, KEY)
+    return signed(KEY, role, **claims)
 
 
 def until_the_mark(client: Phoenix) -> list[dict[str, Any]]:

@@ -600,7 +600,7 @@ async def test_bodies_are_bounded(logged: list[Any]) -> None:
 async def test_a_body_that_nobody_wants_does_not_hold_the_connection(
     monkeypatch: pytest.MonkeyPatch, async_wait_until: Waits
 ) -> None:
-    monkeypatch.setattr(http_connection, "_LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(http_connection, "LINGER_SECONDS", 0.05)
     async with serving(Streams()) as gateway:
         reader, writer = await connect(
             gateway,

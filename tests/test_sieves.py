@@ -10,8 +10,8 @@ from typing import Any, Final
 import msgspec
 import pytest
 
+from tests.hubs import FakeCatalog, Sent, layout
 from tests.postgres import async_wait_until
-from tests.test_hub import FakeCatalog, Sent, layout
 from walstream.access import Grant, Reader, Sight
 from walstream.access.readers import Persona
 from walstream.changes import Change, Column, Operation, Transaction

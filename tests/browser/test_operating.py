@@ -9,12 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-import jwt
 import pytest
 
 from tests.browser.conftest import KeepShot, OpenPage, until
 from tests.command_line import CommandLine, slot_name
 from tests.postgres import Database, wait_until
+from tests.tokens import signed
 
 SECRET: Final = secrets.token_hex(32)
 
@@ -83,8 +83,7 @@ class Shop:
         self.line = line
 
     def token(self, seconds: float) -> str:
-        claims = {"role": "operator", "exp": time.time() + seconds}
-        return jwt.encode(claims, SECRET, algorithm="HS256")
+        return signed(SECRET, "operator", exp=time.time() + seconds)
 
     def mails(self) -> list[str]:
         path = self.folder / "mails"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +22,8 @@ from walstream.realtime.filters import (
     condition_on_rows,
     read_conditions,
 )
+from walstream.realtime.joins import Join, read_join
+from walstream.realtime.messages import MAX_DEPTH, Malformed, Version, decode
 from walstream.realtime.refusals import connect_refusal, join_refusal
 from walstream.realtime.terms import term
 from walstream.router import TablePattern
@@ -483,14 +487,26 @@ def test_bindings_beyond_the_limit_are_refused_and_echoed_all_the_same() -> None
     assert bindings[3].echo["table"] == "t3"
 
 
-def test_what_is_nested_too_deeply_is_not_echoed() -> None:
-    deep: list[Any] = []
-    for _ in range(100_000):
-        deep = [deep]
-    first, second = read_bindings([{**TODOS, "x": deep}, {**TODOS, "x": [[[1]]]}], Limits())
-    assert first.echo == {"id": first.id}
-    assert first.error
-    assert not second.error
+@pytest.mark.parametrize("key", ["table", "filter", "select", "since", "x"])
+@pytest.mark.parametrize("around", [lambda one: [one], lambda one: {"a": one}])
+def test_a_binding_as_deep_as_a_message_may_be_is_echoed(
+    around: Callable[[Any], Any], key: str
+) -> None:
+    deep: Any = 1
+    for _ in range(MAX_DEPTH - 5):  # in message, payload, config, list and binding
+        deep = around(deep)
+    [asked] = joined_for({**TODOS, key: deep}).bindings
+    [binding] = read_bindings([asked], Limits())
+    assert binding.echo == {**TODOS, key: deep, "id": binding.id}
+    assert msgspec.json.decode(msgspec.json.encode(binding.echo)) == binding.echo
+    with pytest.raises(Malformed, match="deep"):
+        joined_for({**TODOS, key: around(deep)})
+
+
+def joined_for(raw: dict[str, Any]) -> Join:
+    config = {"config": {"postgres_changes": [raw]}}
+    text = msgspec.json.encode(["1", "1", "realtime:a", "phx_join", config])
+    return read_join(decode(Version.V2, text).payload)
 
 
 def test_patterns_of_all_bindings_together_are_bounded() -> None:

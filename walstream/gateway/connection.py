@@ -17,19 +17,17 @@ from walstream.gateway.compression import Compressor
 from walstream.gateway.handshake import HandshakeRefused, accept, split_target
 from walstream.gateway.notices import ANSWER_FULL, LOGGER, refusal
 from walstream.gateway.rounds import DirectStream
-from walstream.gateway.shared import Shared
+from walstream.gateway.shared import REQUEST_SECONDS, Shared
 from walstream.gateway.socket_connection import SocketConnection
 from walstream.gateway.stalls import Stall
-from walstream.gateway.streams import EXTENSION, HIGH_BYTES, LOW_BYTES, Ended
+from walstream.gateway.streams import EXTENSION, HIGH_BYTES, LINGER_SECONDS, LOW_BYTES, Ended
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")
 
 HEADER_BYTES: Final = 1 << 14
 BODY_BYTES: Final = 1 << 20
 MAX_PIPELINED: Final = 32
-REQUEST_SECONDS: Final = 10.0
 
-_LINGER_SECONDS: Final = 2.0
 _FEED_BYTES: Final = 1 << 13
 
 
@@ -235,7 +233,7 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.write_eof()
         self._rest()
-        self._deadline = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+        self._deadline = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
     # The answer
 

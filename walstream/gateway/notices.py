@@ -48,6 +48,8 @@ def answer(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> 
 
 def tell_failed(error: BaseException) -> None:
     """Log that an application failed; not what it was about."""
+    while isinstance(error, BaseExceptionGroup):  # of the tasks of a socket: the first one tells
+        error = error.exceptions[0]
     if isinstance(error, ClientDisconnect | asyncio.CancelledError):
         log.debug("http_refused", reason="the client has gone")
     else:

@@ -21,6 +21,9 @@ RESERVED: Final = 64
 AT_ONCE: Final = 4
 """So many connections are taken and so many requests begun by one turn of the event loop."""
 
+REQUEST_SECONDS: Final = 10.0
+"""So long a request may take: to come, to be answered, and its answer to be fetched."""
+
 _FULL_SECONDS: Final = 60.0
 
 

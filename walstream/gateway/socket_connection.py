@@ -20,16 +20,13 @@ from walstream.gateway.inbox import Inbox
 from walstream.gateway.incoming import Closing, Ping, Violation
 from walstream.gateway.notices import ANSWER_FULL, answer, refusal, tell_failed
 from walstream.gateway.rounds import DirectStream, Rounds
-from walstream.gateway.shared import Shared
-from walstream.gateway.sockets import DENIAL, EXTENSION, LINGER_SECONDS, Socket
+from walstream.gateway.shared import REQUEST_SECONDS, Shared
+from walstream.gateway.sockets import DENIAL, EXTENSION, Socket
 from walstream.gateway.stalls import Stall
-from walstream.gateway.streams import Ended
+from walstream.gateway.streams import LINGER_SECONDS, Ended
 from walstream.realtime.frames import PING, PONG, CloseCode, close_frame, control_frame
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")
-
-REQUEST_SECONDS: Final = 10.0
-"""So long the application may take to accept or refuse."""
 
 PING_SECONDS: Final = 30.0
 """After so long without a word a client is asked; after twice that it has gone."""

@@ -28,14 +28,11 @@ from typing import Any, Final, TypeAlias
 
 from starlette.types import Message, Receive, Scope, Send
 
-from walstream.gateway.streams import Ended, Stream, ThroughStream
+from walstream.gateway.streams import LINGER_SECONDS, Ended, Stream, ThroughStream
 from walstream.realtime.frames import CloseCode, split
 
 EXTENSION: Final = "walstream.socket"
 """In ``scope["extensions"]`` an `OpenSocket` when the server is walstream's own."""
-
-LINGER_SECONDS: Final = 2.0
-"""So long a client may take to fetch what waits, and then to say goodbye."""
 
 DENIAL: Final = "websocket.http.response"
 
@@ -151,7 +148,8 @@ class ThroughSocket(ThroughStream, Socket):
         await self.finish_soon()
         if self._ended is None:
             self.end(Ended.GONE)
-            await self._send({"type": "websocket.close", "code": code, "reason": reason})
+            with suppress(OSError):  # so servers tell of a client that has gone meanwhile
+                await self._send({"type": "websocket.close", "code": code, "reason": reason})
 
     async def _send_piece(self, data: bytes) -> None:
         self._sending = len(data)

@@ -38,6 +38,9 @@ HIGH_BYTES: Final = 1 << 16
 
 LOW_BYTES: Final = 1 << 14
 
+LINGER_SECONDS: Final = 2.0
+"""So long a connection that ends waits for its client: to fetch what waits, to say goodbye."""
+
 
 class Ended(StrEnum):
     """Why a stream can take no more: the client has gone, or the server closes."""

@@ -10,8 +10,8 @@ from typing import Final
 from walstream.changes import Change
 from walstream.journal import JournalTrimmed
 from walstream.live.clients import Client
-from walstream.live.encodings import Sighting
 from walstream.live.compiled import Prepared
+from walstream.live.encodings import Sighting
 from walstream.live.hub import SLICE_BYTES, Hub, look_at
 from walstream.live.sieves import Doubt, Held
 from walstream.live.subscriptions import RequestRefused

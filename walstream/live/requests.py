@@ -5,6 +5,7 @@ Of what a reader may not see nothing is told, not even whether it is there.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
@@ -27,6 +28,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.live")
 
 MAX_ASKED: Final = 100
 """Values of one filter that the server is asked about: the stream asks by the same connection."""
+
+AT_ONCE: Final = 4
+"""So many questions of clients wait for the catalog: the stream's own are next to them in line."""
 
 MAX_TABLES: Final = 512
 
@@ -51,6 +55,7 @@ class Requests:
         self._literals = literals
         self._tables: dict[Relation, tuple[float, Table | None]] = {}
         self._open: set[tuple[Relation, str]] = set()
+        self._asking = asyncio.Semaphore(AT_ONCE)
 
     def masked(self, layout: Layout) -> frozenset[str]:
         """Return the columns that routes pass on in another form than they have in the table."""
@@ -84,7 +89,7 @@ class Requests:
             Unavailable: the catalog cannot be asked.
         """
         relation = pattern.relation
-        named = [relation] if relation else await self._catalog.tables(pattern.schema, pattern.name)
+        named = [relation] if relation else await self._named(pattern)
         for one in named:
             table = await self._table(one)
             layout = _layout_of(one, table, self._catalog)
@@ -139,16 +144,17 @@ class Requests:
         if sum(read_offline(literal, layout.types) is None for literal in asked) > MAX_ASKED:
             message = f"more than {MAX_ASKED} values that only the server can read"
             raise FilterError(message, hint="write them as the server prints them")
-        await self._literals.normalise(asked, layout)
+        async with self._asking:
+            await self._literals.normalise(asked, layout)
 
     async def _check_condition(self, sight: Sight, layout: Layout) -> None:
         """Refuse when the role's own condition does not fit; it may name what is hidden."""
         if sight.where is None:
             return
         try:
-            await self._literals.normalise(
-                literals(sight.where, layout.columns, layout.types), layout
-            )
+            asked = literals(sight.where, layout.columns, layout.types)
+            async with self._asking:
+                await self._literals.normalise(asked, layout)
         except FilterError:
             hint = "the role's condition on rows does not fit the table, or the token's claims"
             message = f"{layout.relation} may not be read"
@@ -156,7 +162,7 @@ class Requests:
 
     async def _check_pattern(self, subscription: Subscription, reader: Reader) -> None:
         pattern = subscription.pattern
-        for relation in await self._catalog.tables(pattern.schema, pattern.name):
+        for relation in await self._named(pattern):
             table = await self._table(relation)
             layout = _layout_of(relation, table, self._catalog)
             if self._sight(reader, layout, table) is not None:
@@ -196,15 +202,24 @@ class Requests:
         leading = [one for one in self.routes if one.wants(layout.relation, layout.ancestors)]
         return not any(one.projection is None or one.projection.shows(name) for one in leading)
 
+    async def _named(self, pattern: TablePattern) -> list[Relation]:
+        async with self._asking:
+            return await self._catalog.tables(pattern.schema, pattern.name)
+
     async def _table(self, relation: Relation) -> Table | None:
-        now = time.monotonic()
-        asked_at, table = self._tables.get(relation, (now - TABLE_SECONDS - 1, None))
-        if now - asked_at > TABLE_SECONDS:
-            table = await self._catalog.table(relation)
-            if len(self._tables) >= MAX_TABLES:
-                self._tables.clear()
-            self._tables[relation] = (now, table)
-        return table
+        if self._is_old(relation):
+            async with self._asking:
+                if self._is_old(relation):  # many who come at once ask for the same
+                    table = await self._catalog.table(relation)
+                    if len(self._tables) >= MAX_TABLES:
+                        self._tables.clear()
+                    self._tables[relation] = (time.monotonic(), table)
+                    return table
+        return self._tables[relation][1]
+
+    def _is_old(self, relation: Relation) -> bool:
+        known = self._tables.get(relation)
+        return known is None or time.monotonic() - known[0] > TABLE_SECONDS
 
 
 def is_sent(column: str, table: VisibleTable) -> bool:

@@ -60,6 +60,8 @@ async def serve(
     """
     encoding, outflow = client.cohort.encoding, client.outflow
     hub.enter(client)
+    if not hub.has_begun:  # its sink was closed, by a reload perhaps: nothing comes here any more
+        client.finish(End.CLOSING)
     try:
         begin = beginning.position
         if beginning.reset:

@@ -38,7 +38,6 @@ _OPERATIONS: Final = {
     "DELETE": frozenset({Operation.DELETE}),
 }
 _ALL: Final = frozenset().union(*_OPERATIONS.values())
-_MAX_DEPTH: Final = 50
 _READ_FACTOR: Final = 10
 """So many times what a channel may have is read, and refused one by one."""
 
@@ -81,7 +80,7 @@ def read_bindings(raw: Sequence[Mapping[str, Any]], limits: Limits) -> list[Bind
     """Read the bindings of a channel, in their order; none is left out.
 
     Args:
-        raw: as they came in the join.
+        raw: as they came in the join, nested no deeper than a message may be.
         limits: of one channel.
 
     Raises:
@@ -91,27 +90,12 @@ def read_bindings(raw: Sequence[Mapping[str, Any]], limits: Limits) -> list[Bind
         raise TooMany(_too_many(len(raw), limits))
     ids = _Ids()
     bindings: list[Binding] = []
-    for number, one in enumerate({} if _is_deep(one) else one for one in raw):
+    for number, one in enumerate(raw):
         binding = _binding(one, ids.id_of(one), limits)
         if number >= limits.max_subscriptions:
             binding = _without(binding, _too_many(len(raw), limits))
         bindings.append(binding)
     return _affordable(bindings)
-
-
-def _is_deep(raw: Mapping[str, Any]) -> bool:
-    """Whether a binding is nested so deeply that it may not be written again: it is no client's."""
-    level: list[Any] = [raw]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
-        if not level:
-            return False
-    return True
 
 
 class _Ids:

@@ -130,28 +130,24 @@ class Rooms:
 
     def track(
         self, key: RoomKey, member: Member, presence_key: str, payload: Mapping[str, Any]
-    ) -> bool:
-        """Let somebody be present; return whether anything is new by that.
+    ) -> None:
+        """Let somebody who is in the room be present.
 
         Raises:
             TrackRefused: it is too much.
         """
         room = self._rooms.get(key)
         if room is None or member not in room.members:
-            return False
+            return
         content = self._verified(room.presences, member, presence_key, payload)
-        is_new = room.presences.track(member, presence_key, content)
-        if is_new:
+        if room.presences.track(member, presence_key, content):
             room.tell_soon()
-        return is_new
 
-    def untrack(self, key: RoomKey, member: Member) -> bool:
-        """Let somebody be in the room, and not present; return whether they were."""
+    def untrack(self, key: RoomKey, member: Member) -> None:
+        """Let somebody be in the room, and not present any more."""
         room = self._rooms.get(key)
-        was_present = room is not None and room.presences.untrack(member)
-        if room is not None and was_present:
+        if room is not None and room.presences.untrack(member):
             room.tell_soon()
-        return was_present
 
     def state(self, key: RoomKey) -> bytes:
         """Return who is present, as JSON: the payload of ``presence_state``.
