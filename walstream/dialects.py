@@ -171,8 +171,22 @@ def _said(error: Exception) -> str:
 def _bounded(search: Callable[[bytes], object]) -> Matcher:
     def matches(text: str) -> bool:
         encoded = text.encode()
-        if len(encoded) > MAX_TEXT_BYTES:
-            raise ValueError("a text that is too long for the pattern of a client")
+        _verify_length(len(encoded))
         return search(encoded) is not None
 
     return matches
+
+
+def bounded(matches: Matcher) -> Matcher:
+    """Return a matcher for a client's pattern: it raises ValueError for a text that is too long."""
+
+    def bounded_matches(text: str) -> bool:
+        _verify_length(len(text))
+        return matches(text)
+
+    return bounded_matches
+
+
+def _verify_length(length: int) -> None:
+    if length > MAX_TEXT_BYTES:
+        raise ValueError("a text that is too long for the pattern of a client")

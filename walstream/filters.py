@@ -20,7 +20,7 @@ from typing import Literal as OneOf
 
 import msgspec
 
-from walstream import patterns
+from walstream import dialects, patterns
 from walstream.changes import Relation, Row
 from walstream.errors import DecodeError, FilterError
 from walstream.grammar import (
@@ -378,7 +378,8 @@ def _matcher(comparison: Comparison, type_name: str, *, is_linear: bool) -> Matc
         return compile_(pattern, fold_case=fold_case)
     if not comparison.is_verbatim:
         pattern = pattern.replace("*", "%")
-    return patterns.like(pattern, fold_case=fold_case)
+    matches = patterns.like(pattern, fold_case=fold_case)
+    return dialects.bounded(matches) if is_linear else matches
 
 
 def _type_name(typeoid: int, types: Types) -> str:

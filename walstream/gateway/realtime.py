@@ -25,6 +25,9 @@ from walstream.realtime.visits import Visit
 
 PATHS: Final = ("/realtime/v1/websocket", "/socket/websocket")
 
+LARGEST_FRAMES: Final = 4
+"""So many of the largest frames may come from one socket within ten seconds."""
+
 _BAD_REQUEST: Final = 400
 
 
@@ -43,6 +46,7 @@ class _Realtime:
         config = services.config
         self._limits = ProtocolLimits(
             max_channels=config.max_channels,
+            max_bytes=LARGEST_FRAMES * config.max_frame_bytes,
             messages_per_second=config.messages_per_second,
             joins_per_second=config.joins_per_second,
             presence_calls=config.presence_calls,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from walstream.access.readers import Reader
 from walstream.access.refusals import Cause, ReaderRefused
+from walstream.access.refusals import expired as token_expired
 from walstream.errors import WalstreamError
 from walstream.live.clients import End, Outflow
 from walstream.live.expiry import Expiry
@@ -18,10 +18,8 @@ from walstream.live.hub import Hub
 from walstream.live.subscriptions import Limits
 from walstream.realtime.bindings import Binding, TooMany, read_bindings
 from walstream.realtime.channels import Channel
-from walstream.realtime.events import Broadcasting
 from walstream.realtime.followings import Following
 from walstream.realtime.frames import CloseCode
-from walstream.realtime.messages import Version
 from walstream.realtime.protocol import Protocol as Core
 from walstream.realtime.refusals import (
     NOT_NOW,
@@ -31,11 +29,10 @@ from walstream.realtime.refusals import (
     not_begun,
     not_enabled,
     not_readable,
-    not_writable,
 )
-from walstream.realtime.rooms import TrackRefused
 from walstream.realtime.services import Services
 from walstream.realtime.verifying import verify
+from walstream.realtime.voices import Voice
 
 SUBSCRIBED: Final = "Subscribed to PostgreSQL"
 JOIN_SECONDS: Final = 8.0
@@ -91,20 +88,16 @@ class Attendance:
             reader: who it is by the token of the connection.
             token: that one.
         """
-        self.version: Final[Version] = core.version
-        self.wants_self: Final = channel.join.broadcast_self
-        self.wants_presence: Final = channel.join.presence_enabled
+        self.voice: Final = Voice(services, core, channel, caller.send, reader)
+        """What it says to the others."""
         self._services = services
         self._core = core
         self._channel = channel
         self._caller = caller
         self._reader = reader
         self._token = token
-        self._key = channel.join.presence_key or str(uuid.uuid4())
         self._wanted: Sequence[Binding] = ()
         self._following: Following | None = None
-        self._room = (channel.topic, channel.join.is_private)
-        self._is_present = False
         self._tasks: asyncio.TaskGroup
         self._running: set[asyncio.Task[None]] = set()
         self._in_turn = asyncio.Lock()
@@ -129,55 +122,7 @@ class Attendance:
         self._expiry.cancel()
         if self._following is not None:
             self._following.leave()
-        if self._is_present:
-            self._is_present = False
-            self._services.rooms.leave(self._room, self)
-
-    def send(self, frames: bytes) -> None:
-        """Let the client have what is said in the room."""
-        self._caller.send(frames)
-
-    def broadcast(self, event: Broadcasting) -> None:
-        """Say something to the others."""
-        refusal = self._refusal_to_say(event.payload)
-        if not refusal:
-            self._services.rooms.broadcast(
-                self._room,
-                event.event,
-                event.payload,
-                is_json=event.is_json,
-                sender=self,
-                metadata=event.metadata,
-            )
-        if event.wants_ack:
-            self._answer(event.ref, refusal)
-
-    def track(self, ref: str | None, payload: dict[str, Any]) -> None:
-        """Be seen with this."""
-        refusal = self._refusal_to_say(b"")
-        if not refusal:
-            try:
-                self._services.rooms.track(self._room, self, self._key, payload)
-            except TrackRefused as refused:
-                refusal = str(refused)
-        self._answer(ref, refusal)
-
-    def untrack(self, ref: str | None) -> None:
-        """Be seen no more."""
-        self._answer(ref, "")
-        self._services.rooms.untrack(self._room, self)
-
-    def _answer(self, ref: str | None, refusal: str) -> None:
-        response = {"reason": refusal} if refusal else {}
-        self._caller.send(self._core.reply(self._channel, ref, response, ok=not refusal))
-
-    def _refusal_to_say(self, payload: bytes) -> str:
-        if len(payload) > self._services.config.max_broadcast_bytes:
-            return "payload_size_exceeded"
-        may = not self._channel.join.is_private or self._services.topics.may_write(
-            self._reader, self._channel.name
-        )
-        return "" if may else not_writable(self._channel.name)
+        self.voice.leave()
 
     # The join
 
@@ -187,6 +132,7 @@ class Attendance:
             bindings = read_bindings(self._channel.join.bindings, self._limits())
             self._wanted = [binding for binding in bindings if not binding.error]
             problems = await self._subscribe()
+            _verify_not_ended(self._reader)
         except ReaderRefused as refusal:
             self._refuse(join_refusal(refusal))
         except (JoinRefused, TooMany) as refusal:
@@ -203,7 +149,7 @@ class Attendance:
             ReaderRefused: the token is not to be believed.
             JoinRefused: they may not.
         """
-        self._reader = await self._services.gate.admit(token)
+        self._reader = self.voice.reader = await self._services.gate.admit(token)
         self._token = token
         self._verify_topic()
 
@@ -241,7 +187,7 @@ class Attendance:
         return Following(
             hub,
             self._caller.outflow,
-            version=self.version,
+            version=self._core.version,
             topic=self._channel.topic,
             max_queue_bytes=self._services.live.max_queue_bytes,
             on_end=self._end_connection,
@@ -266,11 +212,7 @@ class Attendance:
         """Be in the channel from now on: the reply comes before everything else."""
         core, channel, send = self._core, self._channel, self._caller.send
         send(core.joined(channel, {"postgres_changes": [binding.echo for binding in bindings]}))
-        rooms = self._services.rooms
-        rooms.enter(self._room, self)
-        self._is_present = True
-        if channel.join.presence_enabled:
-            send(core.push(channel, "presence_state", rooms.state(self._room)))
+        self.voice.enter()
         if channel.join.wants_replication_ready:
             send(core.system(channel, "system", "ok", "Replication connection established"))
         for binding in bindings:
@@ -345,3 +287,14 @@ class Attendance:
     async def _one_at_a_time(self, work: Callable[[], Awaitable[None]]) -> None:
         async with self._in_turn:
             await work()
+
+
+def _verify_not_ended(reader: Reader) -> None:
+    """Refuse a token that has ended while the join was waiting.
+
+    Raises:
+        ReaderRefused: it has.
+    """
+    late_seconds = 0.0 if reader.expires_at is None else time.time() - reader.expires_at
+    if late_seconds > 0:
+        raise token_expired(int(late_seconds))

@@ -63,9 +63,13 @@ _HELD_MESSAGE_BYTES: Final = 1_000
 
 
 class ProtocolLimits(msgspec.Struct, frozen=True):
-    """How much one socket may do; the presence calls are counted for each channel."""
+    """How much one socket may do; the presence calls are counted for each channel.
+
+    ``max_bytes`` may come in `MESSAGES_SECONDS`: to read them costs, whatever they say.
+    """
 
     max_channels: int = 100
+    max_bytes: int = 20_000_000
     messages_per_second: int = 100
     joins_per_second: int = 100
     presence_calls: int = 5
@@ -88,6 +92,7 @@ class Protocol(Answers):
         self._messages = Rate(
             int(self._limits.messages_per_second * MESSAGES_SECONDS), MESSAGES_SECONDS
         )
+        self._bytes = Rate(self._limits.max_bytes, MESSAGES_SECONDS)
         self._joins = Rate(self._limits.joins_per_second, 1.0)
         self._held_bytes = 0
         self._to_resume: list[Channel] = []
@@ -128,6 +133,8 @@ class Protocol(Answers):
         if self._is_overrun:
             return []
         before = self.resume(now) if self._to_resume else []
+        if not self._bytes.take(now, len(data)):
+            return [*before, self._overrun()]
         try:
             message = self._decode(data)
         except Malformed:
@@ -150,9 +157,12 @@ class Protocol(Answers):
                 case _, "phx_leave":
                     return self._leave(message)
         if message.topic in self._channels and not self._messages.take(now):
-            self._is_overrun = True
-            return [Overrun("Too many messages per second")]
+            return [self._overrun()]
         return self._take(message, now)
+
+    def _overrun(self) -> Event:
+        self._is_overrun = True
+        return Overrun("Too many messages per second")
 
     def _take(self, message: ClientMessage, now: float) -> list[Event]:
         channel = self._channels.get(message.topic)

@@ -69,6 +69,9 @@ def not_readable(name: str) -> str:
     return f"Unauthorized: You do not have permissions to read from this Channel topic: {name}"
 
 
+PAYLOAD_TOO_LARGE: Final = "payload_size_exceeded"
+
+
 def not_writable(name: str) -> str:
     """Tell that somebody may say nothing in a channel, and not be present there."""
     return f"Unauthorized: You do not have permissions to write to this Channel topic: {name}"

@@ -160,11 +160,11 @@ class Visit:
             case TokenGiven(channel, token):
                 self._attendances[channel].renew(token)
             case Broadcasting():
-                self._attendances[event.channel].broadcast(event)
+                self._attendances[event.channel].voice.broadcast(event)
             case Tracking(channel, ref, payload):
-                self._attendances[channel].track(ref, payload)
+                self._attendances[channel].voice.track(ref, payload)
             case Untracking(channel, ref):
-                self._attendances[channel].untrack(ref)
+                self._attendances[channel].voice.untrack(ref)
             case Overrun(reason):
                 self._overrun(reason)
             case _:
