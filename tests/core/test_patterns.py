@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from walstream.dialects import MAX_TEXT_BYTES
+from walstream.dialects import MAX_TEXT_BYTES, bounded
 from walstream.patterns import PatternError, like, linear_expression, regular_expression
 
 
@@ -260,6 +260,13 @@ def test_the_patterns_of_clients_are_not_tried_on_long_texts() -> None:
     assert matches("a" * MAX_TEXT_BYTES)
     with pytest.raises(ValueError, match="too long"):
         matches("é" * (MAX_TEXT_BYTES // 2 + 1))
+
+
+def test_nor_is_like() -> None:
+    matches = bounded(like("%a", fold_case=False))
+    assert matches("a" * MAX_TEXT_BYTES)
+    with pytest.raises(ValueError, match="too long"):
+        matches("a" * (MAX_TEXT_BYTES + 1))
 
 
 def test_a_long_range_is_not_folded() -> None:

@@ -436,6 +436,14 @@ def test_a_join_has_a_size() -> None:
     assert not driver.protocol.channels
 
 
+def test_a_socket_that_sends_too_many_bytes_is_over_whatever_they_say() -> None:
+    """To read them costs, also what is dropped."""
+    driver, _ = joined(limits=ProtocolLimits(max_bytes=10_000))
+    for _ in range(9):
+        assert driver.hear("[" * 1_000) == []
+    assert driver.hear("[" * 1_000) == [Overrun("Too many messages per second")]
+
+
 def test_a_socket_that_says_too_much_is_over() -> None:
     """Ten seconds' worth may come at once; heartbeats and leaving do not count."""
     driver, _ = joined(limits=ProtocolLimits(messages_per_second=10))
