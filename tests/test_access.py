@@ -371,6 +371,12 @@ def test_an_api_key_that_is_none_is_a_mistake(key: dict[str, Any], reason: str) 
         AccessConfig(**keyed(**key))
 
 
+def test_a_key_stands_for_one_role() -> None:
+    keys = [{"key": API_KEY, "role": "anon"}] * 2
+    with pytest.raises(ValueError, match=re.escape("[1].key: found the one of [0]")):
+        AccessConfig(roles=TWO_ROLES, api_keys=keys)
+
+
 def test_a_file_of_an_api_key_is_read_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("short")
     with pytest.raises(ConfigError, match=r"api_keys\[0\].key_file: found 5 characters"):

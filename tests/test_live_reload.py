@@ -58,7 +58,8 @@ def test_what_was_kept_before_a_mask_is_not_read_after_it(
             )
             process.send_signal(signal.SIGHUP)
             command_line.wait_for("reloaded")
-            assert next(events).name == "reset"
+            reset = next(events)
+            assert (reset.name, reset.content["reason"]) == ("reset", "changed")
             database.execute("INSERT INTO people VALUES (2, 'bob@example.org')")
             assert next(events).content["row"]["email"] == "[redacted]"
         with service.stream([*parameters, ("since", begin)]) as events:

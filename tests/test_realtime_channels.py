@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -308,3 +309,24 @@ def test_a_join_is_answered_once_changes_are_sure_to_come(
             assert reply.payload["status"] == "ok"
             database.execute("INSERT INTO notes VALUES (700, 'ada', 'x')")
             assert ids(client.changes(1)) == [700]
+
+
+def test_a_broadcast_by_http_may_be_as_large_as_one_by_a_socket(
+    client: Phoenix, service: LiveService
+) -> None:
+    client.join("large")
+    payload = {"text": "x" * 2_500_000}
+    address = f"{service.url}/realtime/v1/api/broadcast/large/events/x"
+    response = httpx.post(address, json=payload, headers={"apikey": token()})
+    assert response.status_code == 202
+    heard = client.wait_for(lambda heard: heard.event == "broadcast")
+    assert heard.payload["payload"] == payload
+
+
+@pytest.mark.parametrize(("key", "value"), [("since", 5), ("leaving", "yes")])
+def test_what_walstream_adds_to_a_binding_is_verified(
+    client: Phoenix, key: str, value: object
+) -> None:
+    client.join(f"wrong-{key}", [{**NOTES, key: value}])
+    system = client.wait_for(lambda heard: heard.event == "system")
+    assert system.payload["message"].startswith(f"Error parsing `{key}` params: expected ")

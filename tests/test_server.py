@@ -584,7 +584,7 @@ async def test_many_small_headers_and_a_long_address_are_large_too() -> None:
 async def test_bodies_are_bounded(logged: list[Any]) -> None:
     async with serving(Streams()) as gateway:
         async with httpx.AsyncClient(base_url=f"http://{gateway.address}") as client:
-            body = b"x" * http_connection.BODY_BYTES
+            body = b"x" * shared.BODY_BYTES
             assert (await client.post("/echo", content=body)).json()["body"] == len(body)
         reader, writer = await connect(
             gateway,

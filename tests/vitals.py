@@ -95,6 +95,7 @@ def full(**differs: Any) -> Vitals:
             presences=90,
             broadcasts=700,
             sent_broadcasts=9000,
+            refusals={"connection_expired": 3, "PrivateOnly": 2, "slow": 1},
         ),
     )
     return msgspec.structs.replace(vitals, **differs)

@@ -406,7 +406,10 @@ class Daemon:
 
             return make_paths(parts)
 
-        await opened.enter_async_context(Gateway.open(self._config.http, self.vitals, make_paths))
+        gateway = Gateway.open(
+            self._config.http, self.vitals, make_paths, max_body_bytes=parts.max_body_bytes
+        )
+        await opened.enter_async_context(gateway)
 
     async def _close(self) -> None:
         """Let go of everything that the process has opened, in the order in which it is used."""

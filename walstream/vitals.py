@@ -170,6 +170,7 @@ class RealtimeVitals(msgspec.Struct, frozen=True):
 
     A socket has channels; a room is a channel's topic, with all who are in it. ``presences`` are
     those who let others see them. A broadcast is taken once and sent to each who is there.
+    ``refusals`` counts what was refused, or ended, by why (`walstream.realtime.tally`).
     """
 
     sockets: int = 0
@@ -178,6 +179,7 @@ class RealtimeVitals(msgspec.Struct, frozen=True):
     presences: int = 0
     broadcasts: int = 0
     sent_broadcasts: int = 0
+    refusals: Mapping[str, int] = {}
 
 
 class Vitals(msgspec.Struct, frozen=True):

@@ -447,7 +447,7 @@ def test_encodings_are_alike_when_all_that_makes_their_bytes_is() -> None:
 
 
 @VERSIONS
-@pytest.mark.parametrize("reason", ["interrupted", "trimmed", "foreign"])
+@pytest.mark.parametrize("reason", ["interrupted", "changed", "trimmed", "foreign"])
 def test_what_may_be_missing_is_told_of_the_subscription(version: Version, reason: str) -> None:
     encoding = ChannelEncoding(version, "realtime:room1", (1,))
     content = {"reason": reason, "begins": "0/10", "position": "0/20"}

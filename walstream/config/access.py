@@ -289,6 +289,18 @@ class AccessConfig(Section):
                 raise ValueError(f"[{place}].role: {error}") from None
         return value
 
+    @field_validator("api_keys")
+    @classmethod
+    def _are_different(cls, value: list[ApiKeyConfig]) -> list[ApiKeyConfig]:
+        first: dict[str, int] = {}
+        for place, one in enumerate(value):
+            if one.key is None:
+                continue
+            before = first.setdefault(one.key.get_secret_value(), place)
+            if before != place:
+                raise ValueError(f"[{place}].key: found the one of [{before}]; allowed: each once")
+        return value
+
     @property
     def key_name(self) -> str | None:
         """The key of this section that says what tokens are signed with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from walstream.config.section import Bytes, Seconds, Section
 from walstream.topic_patterns import TopicPattern
@@ -58,6 +58,14 @@ class RealtimeConfig(Section):
     presence_seconds: Seconds = 30.0
     refusal_seconds: float = Field(2.0, ge=0, allow_inf_nan=False)
     private: list[PrivateConfig] = []
+
+    @field_validator("max_broadcast_bytes")
+    @classmethod
+    def _fits_into_a_frame(cls, value: int, info: ValidationInfo) -> int:
+        largest = info.data.get("max_frame_bytes")
+        if largest is not None and value > largest:
+            raise ValueError(f"found {value}; allowed: up to max_frame_bytes, which is {largest}")
+        return value
 
     def verify_roles(self, known: Collection[str]) -> None:
         """Raise ValueError for a role that there is not."""

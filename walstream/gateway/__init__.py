@@ -39,6 +39,8 @@ class Gateway:
         http: HttpConfig,
         vitals: Callable[[], Vitals],
         routes: Callable[[], Sequence[BaseRoute]] = tuple,
+        *,
+        max_body_bytes: int | None = None,
     ) -> AsyncIterator[Self]:
         """Answer requests at ``http.listen``: host:port, where port 0 is any free one.
 
@@ -46,6 +48,7 @@ class Gateway:
             http: where to listen, and to whom to answer.
             vitals: asked once for each request for health or metrics.
             routes: makes further routes, and may import for that what comes with the extra.
+            max_body_bytes: of a request, where one of the routes takes more than others.
 
         Raises:
             ConfigError: ``http.listen`` is no address that can be resolved.
@@ -53,12 +56,13 @@ class Gateway:
         """
         try:
             from walstream.gateway.server import Server  # noqa: PLC0415 - needs the extra
+            from walstream.gateway.shared import BODY_BYTES  # noqa: PLC0415 - the same
 
             further = routes()
         except ImportError as error:
             message = f"http.listen is set, and the module {error.name} is not installed"
             raise SetupError(message, hint='pip install "walstream[http]"') from None
-        server = await Server.open(http, vitals, further)
+        server = await Server.open(http, vitals, further, max_body_bytes or BODY_BYTES)
         try:
             yield cls(server)
         finally:

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from walstream.access import Reader
+from walstream.access.refusals import ReaderRefused
 from walstream.gateway.answers import NO_STORE, Answering, refused, refusing
 from walstream.gateway.tokens import api_key_of, token_of
 from walstream.live.subscriptions import RequestRefused
@@ -30,6 +31,7 @@ from walstream.realtime.messages import (
 )
 from walstream.realtime.rates import Rates
 from walstream.realtime.services import Services
+from walstream.realtime.tally import Reason, Tally
 
 PATHS: Final = ("/realtime/v1/api/broadcast", "/api/broadcast")
 
@@ -69,21 +71,27 @@ def broadcast_routes(services: Services) -> list[Route]:
     if not services.config.enabled:
         return []
     broadcasts = _Broadcasts(services)
+    say_all = refusing(_telling(broadcasts.say_all, services.refusals))
+    say_one = refusing(_telling(broadcasts.say_one, services.refusals))
     return [
         route
         for path in PATHS
         for route in (
-            Route(path, refusing(_telling(broadcasts.say_all)), methods=["POST"]),
-            Route(path + "/{rest:path}", refusing(_telling(broadcasts.say_one)), methods=["POST"]),
+            Route(path, say_all, methods=["POST"]),
+            Route(path + "/{rest:path}", say_one, methods=["POST"]),
         )
     ]
 
 
-def _telling(answering: Answering) -> Answering:
+def _telling(answering: Answering, refusals: Tally) -> Answering:
     async def answer(request: Request) -> Response:
         try:
             return await answering(request)
+        except ReaderRefused:
+            refusals.add(Reason.HTTP)
+            raise
         except RequestRefused as error:
+            refusals.add(Reason.HTTP)
             response = refused(error.status, error.message, error.hint)
             if error.status == _TOO_MANY:
                 response.headers["Retry-After"] = "1"

@@ -25,7 +25,6 @@ from walstream.gateway.streams import EXTENSION, HIGH_BYTES, LINGER_SECONDS, LOW
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")
 
 HEADER_BYTES: Final = 1 << 14
-BODY_BYTES: Final = 1 << 20
 MAX_PIPELINED: Final = 32
 
 _FEED_BYTES: Final = 1 << 13
@@ -156,10 +155,10 @@ class Connection(HttpToolsProtocol):
         if self._is_deaf:
             return
         self._body_bytes += len(body)
-        if self._body_bytes <= BODY_BYTES:
+        if self._body_bytes <= self._shared.max_body_bytes:
             super().on_body(body)
         elif self._is_answering():
-            hint = f"at most {BODY_BYTES} bytes are taken"
+            hint = f"at most {self._shared.max_body_bytes} bytes are taken"
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the body is too large", hint)
 
     def on_message_complete(self) -> None:

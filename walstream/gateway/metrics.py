@@ -416,6 +416,13 @@ def _realtime(realtime: RealtimeVitals, vitals: Vitals) -> Iterator[Metric]:
         "Broadcasts that were sent, to each who is there",
         realtime.sent_broadcasts,
     )
+    yield _counters(
+        vitals,
+        "walstream_realtime_refusals_total",
+        "What was refused to clients, or ended, by why",
+        ["reason"],
+        [((reason,), count) for reason, count in realtime.refusals.items()],
+    )
 
 
 def _journal(vitals: Vitals) -> Iterator[Metric]:

@@ -62,6 +62,12 @@ class Parts(msgspec.Struct, frozen=True):
         )
         return cls(vitals, hub, gate, Desk(letters, make_replay), config.live, realtime)
 
+    @property
+    def max_body_bytes(self) -> int | None:
+        """What a request may bring, where that is more than elsewhere."""
+        config = self.realtime.config
+        return max(config.max_frame_bytes, 1 << 20) if config.enabled else None
+
     def realtime_vitals(self) -> RealtimeVitals | None:
         """Say how the clients of Supabase Realtime are; None where they are not answered."""
         return self.realtime.vitals() if self.realtime.config.enabled else None

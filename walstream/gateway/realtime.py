@@ -21,6 +21,7 @@ from walstream.realtime.messages import Version
 from walstream.realtime.protocol import Protocol, ProtocolLimits
 from walstream.realtime.refusals import connect_refusal
 from walstream.realtime.services import Services
+from walstream.realtime.tally import Reason, of_connection
 from walstream.realtime.visits import Visit
 
 PATHS: Final = ("/realtime/v1/websocket", "/socket/websocket")
@@ -59,12 +60,14 @@ class _Realtime:
         if vsn not in tuple(Version):
             allowed = ", ".join(Version)
             error = f"vsn: found {vsn[:20]!r}; allowed: {allowed}"
+            self._services.refusals.add(Reason.VERSION)
             await refuse(scope, receive, send, _BAD_REQUEST, {"error": error})
             return
         token = api_key_of(connection)
         try:
             reader = await self._services.gate.admit(token)
         except ReaderRefused as refusal:
+            self._services.refusals.add(of_connection(refusal.cause))
             await asyncio.sleep(self._services.config.refusal_seconds)  # they come back at once
             status, text = connect_refusal(refusal)
             await refuse(scope, receive, send, status, {"error": text})

@@ -40,7 +40,7 @@ from walstream.gateway.listening import (
     listen_at,
     parse_listen,
 )
-from walstream.gateway.shared import AT_ONCE, RESERVED, Connected, Shared
+from walstream.gateway.shared import AT_ONCE, BODY_BYTES, RESERVED, Connected, Shared
 from walstream.vitals import Vitals
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.gateway")
@@ -66,6 +66,7 @@ class Server:
         http: HttpConfig,
         vitals: Callable[[], Vitals],
         routes: Sequence[BaseRoute] = (),
+        max_body_bytes: int = BODY_BYTES,
     ) -> Self:
         """Begin to listen at ``http.listen``, which must be given.
 
@@ -76,7 +77,7 @@ class Server:
         config = _configure(make_app(vitals, routes, http))
         sockets = await listen_at(parse_listen(http.listen or ""))
         loop = asyncio.get_running_loop()
-        shared = Shared(loop, config, _allowed(http.max_connections))
+        shared = Shared(loop, config, _allowed(http.max_connections), max_body_bytes)
         servers = [
             # asyncio takes as many connections at once as its backlog has; the real one is ours.
             await loop.create_server(lambda: Connection(shared), sock=one, backlog=AT_ONCE)

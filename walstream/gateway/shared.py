@@ -21,6 +21,9 @@ RESERVED: Final = 64
 AT_ONCE: Final = 4
 """So many connections are taken and so many requests begun by one turn of the event loop."""
 
+BODY_BYTES: Final = 1 << 20
+"""So large a request's body may be, unless what is answered needs more."""
+
 REQUEST_SECONDS: Final = 10.0
 """So long a request may take: to come, to be answered, and its answer to be fetched."""
 
@@ -41,9 +44,14 @@ class Shared:
     """What the connections of a server have in common."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, config: uvicorn.Config, max_connections: int
+        self,
+        loop: asyncio.AbstractEventLoop,
+        config: uvicorn.Config,
+        max_connections: int,
+        max_body_bytes: int,
     ) -> None:
         self.loop = loop
+        self.max_body_bytes = max_body_bytes
         self.config = config
         self.state = ServerState()
         self.connections = cast("set[Connected]", self.state.connections)

@@ -62,6 +62,7 @@ class Hub:
         self.beginnings = 0
         """How often what is kept began anew."""
         self.has_begun = False
+        self._rules = ""
         self.ended: Counter[End] = Counter()
         self.sent_changes = 0
         self.published_changes = 0
@@ -176,6 +177,8 @@ class Hub:
         Raises:
             SetupError: the journal cannot be used.
         """
+        is_changed = self.has_begun and history != self._rules
+        self._rules = history
         await self.history.open(history, accept_gap=accept_gap)
         if at > self.history.covered:
             # Others have taken what lies between, or nothing is known yet.
@@ -183,7 +186,7 @@ class Hub:
             self.position = Position.after(at)
             self.beginnings += 1
             log.info("history_begun", position=str(self.position), clients=self.client_count)
-            self._tell_reset()
+            self._tell_reset("changed" if is_changed else "interrupted")
         elif not self.has_begun:
             # Later on there are clients: what is kept and was not published comes again.
             self.position = max(
@@ -302,9 +305,9 @@ class Hub:
             held = Held(change, seen.pop(cohort, ()), doubted.get(cohort, ()), size_bytes)
             self._sieves[cohort].add(held, self.position)
 
-    def _tell_reset(self) -> None:
+    def _tell_reset(self, reason: str) -> None:
         for cohort in self._cohorts.values():
-            note = self.reset_note(cohort.encoding, "interrupted")
+            note = self.reset_note(cohort.encoding, reason)
             if cohort in self._sieves:
                 self._sieves[cohort].clear()
             for client in cohort.clients:

@@ -31,6 +31,7 @@ from walstream.realtime.refusals import (
     not_readable,
 )
 from walstream.realtime.services import Services
+from walstream.realtime.tally import Reason, of_join
 from walstream.realtime.verifying import verify
 from walstream.realtime.voices import Voice
 
@@ -217,7 +218,7 @@ class Attendance:
             send(core.system(channel, "system", "ok", "Replication connection established"))
         for binding in bindings:
             if binding.error:
-                self._tell_of_changes("error", binding.error)
+                self._tell_of_problem(binding.error)
         self._follow(problems)
         self._expiry.renew(self._reader, self._expire)
         self._caller.resume()
@@ -226,18 +227,26 @@ class Attendance:
         """Tell how it is with the bindings, and let the changes come."""
         self._problems = problems
         for problem in problems:
-            self._tell_of_changes("error", problem)
+            self._tell_of_problem(problem)
         if self._following is not None and len(problems) < len(self._wanted):
             self._tell_of_changes("ok", SUBSCRIBED)
             self._following.start(self._reader, self._tasks)
+
+    def _tell_of_problem(self, problem: str) -> None:
+        self._services.refusals.add(Reason.BINDING)
+        self._tell_of_changes("error", problem)
 
     def _tell_of_changes(self, status: str, message: str) -> None:
         told = self._core.system(self._channel, "postgres_changes", status, message)
         self._caller.send(told)
 
     def _refuse(self, reason: str) -> None:
+        self._count(reason)
         self._caller.forget(self._channel)
         self._caller.send(self._core.refuse_join(self._channel, reason))
+
+    def _count(self, refusal: str) -> None:
+        self._services.refusals.add(of_join(refusal))
 
     # What comes later
 
@@ -251,20 +260,24 @@ class Attendance:
             is_same = self._reader.grants == before
             problems = self._problems if is_same else await self._subscribe()
         except ReaderRefused as refusal:
+            self._count(join_refusal(refusal))
             if refusal.cause is Cause.UNAVAILABLE:
                 self._end_connection(End.CLOSING)
             else:
                 self._close(join_refusal(refusal).partition(": ")[2])
             return
         except JoinRefused as refusal:
+            self._count(str(refusal))
             self._close(str(refusal))
             return
         except WalstreamError:
+            self._count(NOT_NOW)
             self._end_connection(End.CLOSING)
             return
         self._follow(problems)
 
     def _expire(self) -> None:
+        self._services.refusals.add(Reason.EXPIRED)
         self._close(expired(0))
 
     def _close(self, message: str) -> None:

@@ -154,6 +154,7 @@ def _read(binding: Binding, raw: Mapping[str, Any], limits: Limits) -> Binding:
     except ValueRefused as refused:
         raise _Refused(failed(shown, refused.sqlstate, refused.message)) from None
     _verify_since(raw)
+    _verify_leaving(raw)
     subscription = Subscription(
         pattern=TablePattern(_part(schema), _part(table)),
         operations=_OPERATIONS.get(event, _ALL),
@@ -221,6 +222,12 @@ def _verify_since(raw: Mapping[str, Any]) -> None:
     if not isinstance(since, str | None):
         reason = 'expected the id of a change, an LSN, a time, "beginning" or null'
         raise _Refused(unreadable("since", reason))
+
+
+def _verify_leaving(raw: Mapping[str, Any]) -> None:
+    leaving = raw.get("leaving")
+    if leaving is not None and truth(leaving) != truth(leaving, default=True):
+        raise _Refused(unreadable("leaving", "expected true or false"))
 
 
 def _too_many(count: int, limits: Limits) -> str:

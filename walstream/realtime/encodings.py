@@ -129,6 +129,7 @@ def _by_body(sightings: Sequence[Sighting]) -> dict[bytes, list[int]]:
 _rank: Final = itemgetter(0)
 
 _REASONS: Final = {
+    "changed": "the routes, or what they mask, have changed",
     "interrupted": "others have read the replication slot, or nothing was known yet",
     "trimmed": "what was asked for is not kept any more",
     "foreign": "what was asked for is not a position of this server",

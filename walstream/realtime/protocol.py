@@ -46,6 +46,7 @@ from walstream.realtime.messages import (
     decode_text_broadcast,
 )
 from walstream.realtime.rates import Rate
+from walstream.realtime.tally import Reason, of_join
 
 MESSAGES_SECONDS: Final = 10.0
 """Messages are counted over so long: a client may send as many at once, if it then rests."""
@@ -97,6 +98,8 @@ class Protocol(Answers):
         self._held_bytes = 0
         self._to_resume: list[Channel] = []
         self._is_overrun = False
+        self.refusals: Final[list[str]] = []
+        """What was refused here, by the reasons of `walstream.realtime.tally`: the driver counts it."""
 
     @property
     def channels(self) -> Mapping[str, Channel]:
@@ -162,6 +165,7 @@ class Protocol(Answers):
 
     def _overrun(self) -> Event:
         self._is_overrun = True
+        self.refusals.append(Reason.MESSAGES)
         return Overrun("Too many messages per second")
 
     def _take(self, message: ClientMessage, now: float) -> list[Event]:
@@ -190,6 +194,7 @@ class Protocol(Answers):
             return []
         events = self._replace(message.topic)
         if reason:
+            self.refusals.append(of_join(reason))
             answer = self._reply_to(message, message.join_ref, {"reason": reason}, ok=False)
             return [*events, Answer(answer)]
         presence_calls = Rate(self._limits.presence_calls, self._limits.presence_seconds)
@@ -247,8 +252,9 @@ class Protocol(Answers):
         try:
             found = decode_text_broadcast(message)
         except Malformed:
-            reason = "Broadcast payload must be a map with the name of an event"
-            return [self._error(channel, message, reason)] if wants_ack else []
+            text = "Broadcast payload must be a map with the name of an event"
+            answer = self._error(channel, message, text, Reason.BROADCAST)
+            return [answer] if wants_ack else []
         return [
             Broadcasting(
                 channel=channel,
@@ -266,6 +272,7 @@ class Protocol(Answers):
         if not isinstance(asked, dict) or "event" not in asked:
             return [Answer(self.reply(channel, message.ref, {}))]
         if not channel.presence_calls.take(now):
+            self.refusals.append(Reason.PRESENCE)
             reason = "Client presence rate limit exceeded"
             told = self.system(channel, "system", "error", reason)
             return [Left(channel), Answer(told + self.close(channel))]
@@ -280,14 +287,17 @@ class Protocol(Answers):
 
     def _track(self, channel: Channel, message: Message, payload: Any) -> Event:
         if not isinstance(payload, dict):
-            return self._error(channel, message, "Presence track payload must be a map")
+            text = "Presence track payload must be a map"
+            return self._error(channel, message, text, Reason.PRESENCE)
         if channel.join.presence_key == "ids":
             # A state with this key breaks the JavaScript client of everybody in the channel.
-            return self._error(channel, message, "Presence key must not be ids")
+            text = "Presence key must not be ids"
+            return self._error(channel, message, text, Reason.PRESENCE)
         return Tracking(channel, message.ref, payload)
 
-    def _error(self, channel: Channel, message: Message, reason: str) -> Answer:
-        return Answer(self.reply(channel, message.ref, {"reason": reason}, ok=False))
+    def _error(self, channel: Channel, message: Message, text: str, reason: Reason) -> Answer:
+        self.refusals.append(reason)
+        return Answer(self.reply(channel, message.ref, {"reason": text}, ok=False))
 
     def _may_hold(self, message: ClientMessage) -> bool:
         return self._held_bytes + _held_bytes(message) <= MAX_HELD_BYTES

@@ -11,6 +11,7 @@ from walstream.config.live import LiveConfig
 from walstream.config.realtime import RealtimeConfig
 from walstream.live.hub import Hub
 from walstream.realtime.rooms import Rooms
+from walstream.realtime.tally import Tally
 from walstream.realtime.topics import Topics
 from walstream.vitals import RealtimeVitals
 
@@ -20,7 +21,8 @@ class Services(msgspec.Struct, frozen=True):
 
     ``hub`` has the changes, and is None while there is no live sink; ``gate`` says who somebody
     is, ``topics`` which private channels they may enter; in ``rooms`` are all who are in a channel.
-    ``visits`` are the sockets that are open; one is as long as it has channels.
+    ``visits`` are the sockets that are open; one is as long as it has channels. ``refusals`` counts
+    what clients did not get.
     """
 
     hub: Callable[[], Hub | None]
@@ -30,6 +32,7 @@ class Services(msgspec.Struct, frozen=True):
     config: RealtimeConfig
     live: LiveConfig
     visits: set[Sized] = msgspec.field(default_factory=set)
+    refusals: Tally = msgspec.field(default_factory=Tally)
 
     def vitals(self) -> RealtimeVitals:
         """Say how many there are, and what was said."""
@@ -41,4 +44,5 @@ class Services(msgspec.Struct, frozen=True):
             presences=rooms.presences,
             broadcasts=rooms.broadcasts,
             sent_broadcasts=rooms.sent_broadcasts,
+            refusals=dict(self.refusals.counts),
         )

@@ -29,6 +29,7 @@ from walstream.realtime.events import (
 from walstream.realtime.frames import CloseCode
 from walstream.realtime.protocol import Protocol
 from walstream.realtime.services import Services
+from walstream.realtime.tally import Reason
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("walstream.realtime")
 
@@ -128,6 +129,7 @@ class Visit:
             self._is_over = True
             log.debug("socket_ended", reason=reason)
             if code == CloseCode.TRY_AGAIN_LATER:
+                self._services.refusals.add(Reason.SLOW)
                 self._socket.drop()
             self._tasks.create_task(self._socket.close(code, reason))
 
@@ -146,6 +148,7 @@ class Visit:
     def _handle_all(self, events: Iterable[Event]) -> None:
         for event in events:
             self._handle(event)
+        self._services.refusals.take(self._protocol.refusals)
 
     def _handle(self, event: Event) -> None:
         match event:

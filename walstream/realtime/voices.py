@@ -14,6 +14,7 @@ from walstream.realtime.protocol import Protocol
 from walstream.realtime.refusals import PAYLOAD_TOO_LARGE, not_writable
 from walstream.realtime.rooms import TrackRefused
 from walstream.realtime.services import Services
+from walstream.realtime.tally import Reason
 
 
 class Voice:
@@ -75,6 +76,8 @@ class Voice:
                 sender=self,
                 metadata=event.metadata,
             )
+        else:
+            self._services.refusals.add(Reason.BROADCAST)
         if event.wants_ack:
             self._answer(event.ref, refusal)
 
@@ -86,6 +89,8 @@ class Voice:
                 self._services.rooms.track(self._room, self, self._key, payload)
             except TrackRefused as refused:
                 refusal = str(refused)
+        if refusal:
+            self._services.refusals.add(Reason.PRESENCE)
         self._answer(ref, refusal)
 
     def untrack(self, ref: str | None) -> None:
