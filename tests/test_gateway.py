@@ -188,6 +188,7 @@ async def test_metrics_have_the_numbers_of_the_vitals(client: httpx.AsyncClient)
     assert value(text, "walstream_reconnects_total", reason="ConnectionLost") == 1
     assert value(text, "walstream_reconnects_total", reason="SlotBusy") == 0
     assert value(text, "walstream_reloads_total", outcome="refused") == 1
+    assert value(text, "walstream_realtime_refusals_total", reason="PrivateOnly") == 2
     assert value(text, "process_open_fds") > 3
     slots = {
         sample.labels["slot"]

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from tests import test_filters_live as live
 from tests.postgres import Database, create_database, drop_database
@@ -30,7 +31,7 @@ from walstream.filters import Comparison, Filter, Literal, Operator, compile_fil
 from walstream.filters import Condition as Compiled
 from walstream.live.literals import Literals
 from walstream.live.requests import Requests
-from walstream.live.subscriptions import Limits
+from walstream.live.subscriptions import Limits, RequestRefused, Subscription
 from walstream.live.views import Look, View, literals_of
 from walstream.offline import read_offline
 from walstream.projection import Mask, Projection
@@ -520,6 +521,32 @@ async def test_a_column_that_no_route_brings_cannot_be_compared(requests: Reques
 async def test_what_was_wrong_before_is_told_without_the_database(requests: Requests) -> None:
     binding = bind(schema="public", table="test", filter="nonsense")
     assert await verify(binding, requests, READER) == binding.error != ""
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("n=eq.of-a-claim", "column n of type integer: SQLSTATE 22P02"),
+        ("gone=eq.of-a-claim", "there is no column 'gone' of public.unfitting"),
+    ],
+)
+async def test_a_condition_of_a_role_that_does_not_fit_is_logged_without_its_values(
+    requests: Requests, where: str, error: str
+) -> None:
+    """Once a minute: clients that come back would fill the log."""
+    sight = Sight("public.unfitting", where=parse(where))
+    reader = Reader("owner", grants=(Grant(TablePattern("public", "unfitting"), sight),))
+    subscription = Subscription(TablePattern("public", "unfitting"))
+    with capture_logs() as logs:
+        for _ in range(2):
+            with pytest.raises(RequestRefused, match=r"public\.unfitting may not be read"):
+                await requests.check([subscription], reader)
+            assert await verify(bind(schema="public", table="unfitting"), requests, reader)
+    [told] = logs
+    assert (told["event"], told["log_level"]) == ("role_condition_unusable", "warning")
+    assert (told["relation"], told["role"]) == ("public.unfitting", "owner")
+    assert told["error"] == error
+    assert "of-a-claim" not in str(told)
 
 
 async def test_a_database_that_is_away_says_nothing_about_a_binding() -> None:

@@ -228,6 +228,32 @@ async def test_what_is_no_list_of_messages_is_refused_and_nothing_is_said(body: 
     assert listener.heard == []
 
 
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b"{", "the body is no list of messages in JSON"),
+        (b"[]", "the body: found array; allowed: object"),
+        (b"{}", "messages: is missing"),
+        (b'{"messages":{}}', "messages: found object; allowed: array"),
+        (b'{"messages":[1]}', "messages[0]: found int; allowed: object"),
+        (b'{"messages":[{"event":"x","payload":1}]}', "messages[0].topic: is missing"),
+        (
+            b'{"messages":[{"topic":"a","event":7777,"payload":1}]}',
+            "messages[0].event: found int; allowed: str",
+        ),
+        (
+            b'{"messages":[{"topic":"a","event":"x","payload":1,"private":"mine"}]}',
+            "messages[0].private: found str; allowed: bool | null",
+        ),
+    ],
+)
+async def test_a_refused_list_is_told_what_is_missing_or_wrong(body: bytes, error: str) -> None:
+    async with client_of(services()) as client:
+        answer = await client.post(PATH, content=body)
+    assert answer.status_code == 422
+    assert answer.json()["error"] == error
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"{}x", b"\xff", b"[" * 100_000, b"NaN"])
 async def test_a_message_that_is_no_json_is_refused(body: bytes) -> None:
     realtime = services()
@@ -258,7 +284,10 @@ async def test_sizes_and_rates_are_bounded() -> None:
         assert (await client.post(one, json=large)).status_code == 413
         assert (await client.post(PATH, json=messages({"payload": large}))).status_code == 413
         assert (await client.post(PATH, json=messages({"payload": large * 9}))).status_code == 413
-        assert (await client.post(PATH, json=messages(*[{}] * 6))).status_code == 422
+        too_many = await client.post(PATH, json=messages(*[{}] * 6))
+        assert too_many.status_code == 422
+        assert too_many.json()["error"] == "messages: found 6; allowed: 5"
+        assert "realtime.messages_per_second" in too_many.json()["hint"]
         assert listener.heard == []
         assert (await client.post(PATH, json=messages(*[{}] * 5))).status_code == 202
         answer = await client.post(one, json={})
@@ -275,6 +304,12 @@ async def test_broadcasts_are_not_stored() -> None:
             answer = await client.post(f"{PATH}/a/events/x?private=true&{query}", json={})
             assert answer.status_code == 422
             assert "not stored" in answer.json()["error"]
+        for persist in (True, {"ttl": 60}):
+            answer = await client.post(PATH, json=messages({}, {"persist": persist}))
+            assert answer.status_code == 422
+            assert answer.json()["error"] == "messages[1].persist: broadcasts are not stored here"
+        for kept in (False, None):
+            assert (await client.post(PATH, json=messages({"persist": kept}))).status_code == 202
 
 
 async def test_pages_of_listed_origins_may_send() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import httpx
 import psycopg
 import pytest
@@ -125,7 +127,8 @@ def test_a_since_that_cannot_be_read_is_told_and_the_channel_stays(client: Phoen
     assert reply.payload["status"] == "ok"
     system = client.wait_for(lambda heard: heard.event == "system")
     assert system.payload["status"] == "error"
-    assert "since cannot be read" in system.payload["message"]
+    assert "since cannot be read: found 'yesterday'" in system.payload["message"]
+    assert '"beginning"' in system.payload["message"]
 
 
 def test_the_wal_of_another_server_is_told_as_a_reset(client: Phoenix) -> None:
@@ -207,6 +210,8 @@ def test_the_end_of_a_token_ends_the_channel(service: LiveService, database: Dat
         assert client.hear().event == "phx_close"
         database.execute("INSERT INTO notes VALUES (500, 'ada', 'x')")
         assert client.is_quiet()
+    metrics = httpx.get(f"{service.url}/metrics").text
+    assert re.search(r'^walstream_realtime_refusals_total{reason="expired",.*} [1-9]', metrics, re.M)
 
 
 def test_private_channels_are_for_whom_the_configuration_names(service: LiveService) -> None:

@@ -163,7 +163,8 @@ async def everything(*_: object) -> AsyncIterator[object]:
 
 async def test_a_large_message_that_is_on_its_way_does_not_make_a_client_slow() -> None:
     """Such as the state of a large room, behind which other messages come."""
-    async with visiting(make_services()) as socket:
+    services = make_services()
+    async with visiting(services) as socket:
         await socket.join(broadcast={"self": True}, presence={"enabled": False})
         socket.is_read = False
         large = {"type": "broadcast", "event": "large", "payload": "x" * 2_500_000}
@@ -178,6 +179,7 @@ async def test_a_large_message_that_is_on_its_way_does_not_make_a_client_slow() 
         socket.say("1", "2", TOPIC, "broadcast", small)
         await async_wait_until(lambda: socket.closed is not None)
         assert socket.closed == 1013
+        assert services.refusals.counts["slow"] == 1
 
 
 class Missed:

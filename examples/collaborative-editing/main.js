@@ -18,7 +18,7 @@ client
     asked.since = row.$position
     show(row)
   })
-  .on("system", {}, ({ status }) => status === "error" && load())
+  .on("system", {}, ({ message }) => message.startsWith("Changes may be missing") && load())
   .subscribe((status) => {
     const isLive = status === "SUBSCRIBED"
     state.textContent = isLive ? "live" : "connecting"
@@ -28,7 +28,12 @@ client
 
 async function load() {
   const answer = await fetch(`/reminders/${id}`)
-  show(await answer.json())
+  form.hidden = answer.status === 404
+  if (answer.ok) show(await answer.json())
+  else {
+    state.textContent = answer.status === 404 ? `there is no reminder ${id}` : "the reminder could not be read"
+    state.className = ""
+  }
 }
 
 // Long values that an update did not touch are not sent: those stay as they are. So does what

@@ -26,8 +26,12 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_GET()
             return
         with psycopg.connect(DSN, row_factory=dict_row) as connection:
-            row = connection.execute("SELECT * FROM reminders WHERE id = %s", [self._id()])
-            self._answer(row.fetchone())
+            found = connection.execute("SELECT * FROM reminders WHERE id = %s", [self._id()])
+            row = found.fetchone()
+        if row is None:
+            self.send_error(404)
+        else:
+            self._answer(row)
 
     def do_PATCH(self) -> None:
         """Update the fields that are given; everybody gets it as a change."""

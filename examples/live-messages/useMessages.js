@@ -55,8 +55,8 @@ export function useMessages(client, conversation, loadMessages) {
       channel = client
         .channel(`conversation:${conversation}`)
         .on("postgres_changes", asked, take)
-        // Such as: what was missed is not kept any more.
-        .on("system", {}, ({ status }) => status === "error" && load())
+        // What was missed is not kept any more; in version 1.0.0 the status of that is "ok".
+        .on("system", {}, ({ message }) => message.startsWith("Changes may be missing") && load())
         .subscribe((status) => {
           if (isOver) return
           setIsLive(status === "SUBSCRIBED")

@@ -104,17 +104,17 @@ def site_of(database: Database, tmp_path: Path, node_folder: Path) -> Iterator[S
 
 @pytest.fixture
 def open_live(browser: Any) -> Iterator[OpenPage]:
-    """``open_live(site, path)``: a page of the example, once it is live."""
+    """``open_live(site, path)``: a page of the example, once it is live, or shows what it has to."""
     contexts = []
     errors: list[str] = []
 
-    def open_live(site: Site, path: str = "/") -> Page:
+    def open_live(site: Site, path: str = "/", shown: str = "[role=status].live") -> Page:
         context = browser.new_context(viewport={"width": 900, "height": 700})
         contexts.append(context)
         page: Page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(site.page_url + path)
-        page.wait_for_selector("[role=status].live")
+        page.wait_for_selector(shown)
         return page
 
     yield open_live
@@ -217,6 +217,12 @@ def test_two_pages_edit_one_row(site_of: SiteOf, open_live: OpenPage, keep_shot:
     assert site.database.execute("SELECT title, notes, is_done FROM reminders WHERE id = 1") == [
         ("by psql", "for two", True)
     ]
+
+
+def test_a_row_that_is_not_there_is_told(site_of: SiteOf, open_live: OpenPage) -> None:
+    site = site_of("collaborative-editing")
+    page = open_live(site, "/?id=999", "text=there is no reminder 999")
+    assert not page.is_visible("form")
 
 
 # ---- online-users

@@ -7,6 +7,7 @@ Realtime expect. Of a list either all messages are said or none.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Final
@@ -38,6 +39,12 @@ PATHS: Final = ("/realtime/v1/api/broadcast", "/api/broadcast")
 _LIST_HINT: Final = (
     'send {"messages": [{"topic": "room1", "event": "x", "payload": {}, "private": false}]}'
 )
+_NO_LIST: Final = "the body is no list of messages in JSON"
+_MISTAKE: Final = re.compile(
+    r"(?:Object missing required field `(\w+)`|Expected `([^`]+)`, got `([^`]+)`)"
+    r"(?: - at `\$\.([^`]+)`)?"
+)
+_NOT_PERSISTENT: Final = (b"null", b"false")
 _BINARY: Final = "application/octet-stream"
 _MARK: Final = "/api/broadcast/"
 
@@ -56,6 +63,7 @@ class _Saying(msgspec.Struct, frozen=True):
     event: str
     payload: msgspec.Raw
     private: bool | None = False
+    persist: msgspec.Raw = msgspec.Raw(b"null")
 
     @property
     def content(self) -> bytes:
@@ -118,7 +126,7 @@ class _Broadcasts:
         reader = await self._reader(request)
         topic, event = _names(request)
         if "persist" in request.query_params or "persist[ttl]" in request.query_params:
-            raise RequestRefused(_UNPROCESSABLE, "persist: broadcasts are not stored here")
+            raise _not_stored("")
         body = await _body(request, self._config.max_broadcast_bytes)
         is_json = request.headers.get("content-type", "").partition(";")[0].strip() != _BINARY
         is_private = request.query_params.get("private", "").lower() == "true"
@@ -152,6 +160,8 @@ class _Broadcasts:
     def _verify(self, place: str, saying: _Saying, reader: Reader, *, is_json: bool) -> None:
         for key, name in (("topic", saying.topic), ("event", saying.event)):
             _verify_name(f"{place}{key}", name, is_json=is_json)
+        if bytes(saying.persist) not in _NOT_PERSISTENT:
+            raise _not_stored(place)
         most = self._config.max_broadcast_bytes
         if len(saying.content) > most:
             raise _too_large(f"{place}payload", most)
@@ -174,9 +184,9 @@ class _Broadcasts:
     def _count(self, request: Request, reader: Reader, count: int) -> None:
         most = self._config.messages_per_second
         if count > most:
-            raise RequestRefused(
-                _UNPROCESSABLE, f"messages: found {count}; allowed: {most}", hint="send fewer"
-            )
+            reason = f"messages: found {count}; allowed: {most}"
+            hint = "send fewer at once; realtime.messages_per_second is the bound"
+            raise RequestRefused(_UNPROCESSABLE, reason, hint=hint)
         sender = (
             request.client and request.client.host,
             reader.role,
@@ -207,9 +217,26 @@ def _too_large(what: str, most: int) -> RequestRefused:
 def _sayings(body: bytes) -> list[_Saying]:
     try:
         return msgspec.json.decode(body, type=_Sayings).messages
+    except msgspec.ValidationError as error:
+        reason = _mistake(str(error))
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        reason = "the body is no list of messages in JSON"
-        raise RequestRefused(_UNPROCESSABLE, reason, hint=_LIST_HINT) from None
+        reason = _NO_LIST
+    raise RequestRefused(_UNPROCESSABLE, reason, hint=_LIST_HINT)
+
+
+def _mistake(told: str) -> str:
+    """Say which field is missing or wrong, and the types; msgspec quotes no values of these."""
+    matched = _MISTAKE.fullmatch(told)
+    if matched is None:
+        return _NO_LIST
+    missing, expected, found, place = matched.groups(default="")
+    if missing:
+        return f"{place}.{missing}: is missing".removeprefix(".")
+    return f"{place or 'the body'}: found {found}; allowed: {expected}"
+
+
+def _not_stored(place: str) -> RequestRefused:
+    return RequestRefused(_UNPROCESSABLE, f"{place}persist: broadcasts are not stored here")
 
 
 def _names(request: Request) -> tuple[str, str]:

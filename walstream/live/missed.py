@@ -23,6 +23,14 @@ from walstream.values import UnknownLabel
 HELD_BYTES: Final = 1 << 10
 """What something counts for that the server decides about, before it is known how long it is."""
 
+MAX_QUOTED: Final = 40
+"""So many characters of what cannot be read are quoted."""
+
+_ALLOWED: Final = (
+    "the id of a change (0/16274F8:3), an LSN, a time (2026-11-22T12:00:00Z),"
+    ' or "beginning" for all that is kept'
+)
+
 
 class Missed:
     """Reads for one client what it missed, until nothing lies between that and live.
@@ -170,8 +178,8 @@ def _instant(text: str) -> datetime:
         # In a query an unescaped + of the zone has become a space.
         instant = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
     except ValueError:
-        hint = "the id of a change (0/16274F8:3), an LSN, or a time (2026-11-22T12:00:00Z)"
-        raise RequestRefused(400, "since cannot be read", hint=hint) from None
+        message = f"since cannot be read: found {text[:MAX_QUOTED]!r}"
+        raise RequestRefused(400, message, hint=_ALLOWED) from None
     if instant.tzinfo is None:
         raise RequestRefused(400, "since: a time needs its zone", hint="2026-11-22T12:00:00Z")
     return instant

@@ -38,6 +38,10 @@ TABLE_SECONDS: Final = 10.0
 """So long an answer of the catalog is good for those who subscribe."""
 
 
+UNUSABLE_TOLD_SECONDS: Final = 60.0
+"""So seldom it is told of one table that a role's condition does not fit it."""
+
+
 class VisibleTable(msgspec.Struct, frozen=True):
     """A table whose changes come here, and what a reader sees of it."""
 
@@ -55,6 +59,7 @@ class Requests:
         self._literals = literals
         self._tables: dict[Relation, tuple[float, Table | None]] = {}
         self._open: set[tuple[Relation, str]] = set()
+        self._unusable_told_at: dict[Relation, float] = {}
         self._asking = asyncio.Semaphore(AT_ONCE)
 
     def masked(self, layout: Layout) -> frozenset[str]:
@@ -98,7 +103,7 @@ class Requests:
                 continue
             await self._catalog.learn_types(layout.columns.values())
             try:
-                await self._check_condition(sight, layout)
+                await self._check_condition(sight, layout, reader)
             except RequestRefused:
                 continue
             yield VisibleTable(layout, sight)
@@ -137,7 +142,7 @@ class Requests:
             raise RequestRefused(404, f"no changes of {relation} come here", hint=hint)
         self._check_columns(subscription, sight, layout)
         await self._catalog.learn_types(layout.columns.values())
-        await self._check_condition(sight, layout)
+        await self._check_condition(sight, layout, reader)
         await self._read(literals_of(subscription, sight, layout), layout)
 
     async def _read(self, asked: Sequence[Literal], layout: Layout) -> None:
@@ -147,7 +152,7 @@ class Requests:
         async with self._asking:
             await self._literals.normalise(asked, layout)
 
-    async def _check_condition(self, sight: Sight, layout: Layout) -> None:
+    async def _check_condition(self, sight: Sight, layout: Layout, reader: Reader) -> None:
         """Refuse when the role's own condition does not fit; it may name what is hidden."""
         if sight.where is None:
             return
@@ -155,10 +160,28 @@ class Requests:
             asked = literals(sight.where, layout.columns, layout.types)
             async with self._asking:
                 await self._literals.normalise(asked, layout)
-        except FilterError:
+        except FilterError as error:
+            self._tell_unusable(layout.relation, reader, error)
             hint = "the role's condition on rows does not fit the table, or the token's claims"
             message = f"{layout.relation} may not be read"
             raise RequestRefused(403, message, hint=hint) from None
+
+    def _tell_unusable(self, relation: Relation, reader: Reader, error: FilterError) -> None:
+        """Tell the operator, too: clients cannot mend it, and may not be told anything."""
+        now = time.monotonic()
+        told_at = self._unusable_told_at.get(relation)
+        if told_at is not None and now - told_at < UNUSABLE_TOLD_SECONDS:
+            return
+        if len(self._unusable_told_at) >= MAX_TABLES:
+            self._unusable_told_at.clear()
+        self._unusable_told_at[relation] = now
+        log.warning(
+            "role_condition_unusable",
+            relation=str(relation),
+            role=reader.role,
+            error=_without_value(error),
+            hint="the role gets nothing of the table: its where does not fit, or a token's claim",
+        )
 
     async def _check_pattern(self, subscription: Subscription, reader: Reader) -> None:
         pattern = subscription.pattern
@@ -226,6 +249,13 @@ def is_sent(column: str, table: VisibleTable) -> bool:
     """Whether a reader may have a column, masked or not."""
     projection = table.sight.projection
     return column in table.layout.columns and (projection is None or projection.passes(column))
+
+
+def _without_value(error: FilterError) -> str:
+    """Return the message without the server's reason, which quotes the value: a claim's, perhaps."""
+    if not error.reason:
+        return error.message
+    return f"{error.message.removesuffix(error.reason)}SQLSTATE {error.sqlstate}"
 
 
 def _layout_of(relation: Relation, table: Table | None, catalog: Catalog) -> Layout:
