@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import httpx
 import psycopg
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -210,8 +209,8 @@ def test_the_end_of_a_token_ends_the_channel(service: LiveService, database: Dat
         assert client.hear().event == "phx_close"
         database.execute("INSERT INTO notes VALUES (500, 'ada', 'x')")
         assert client.is_quiet()
-    metrics = httpx.get(f"{service.url}/metrics").text
-    assert re.search(r'^walstream_realtime_refusals_total{reason="expired",.*} [1-9]', metrics, re.M)
+    told = httpx.get(f"{service.url}/metrics").text
+    assert re.search(r'\nwalstream_realtime_refusals_total{reason="expired",.*} [1-9]', told)
 
 
 def test_private_channels_are_for_whom_the_configuration_names(service: LiveService) -> None:

@@ -178,8 +178,8 @@ async def test_a_large_message_that_is_on_its_way_does_not_make_a_client_slow() 
             socket.say("1", "2", TOPIC, "broadcast", {**large, "payload": "x" * 700_000})
         socket.say("1", "2", TOPIC, "broadcast", small)
         await async_wait_until(lambda: socket.closed is not None)
-        assert socket.closed == 1013
         assert services.refusals.counts["slow"] == 1
+        assert socket.closed == 1013
 
 
 class Missed:

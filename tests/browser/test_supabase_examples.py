@@ -104,7 +104,7 @@ def site_of(database: Database, tmp_path: Path, node_folder: Path) -> Iterator[S
 
 @pytest.fixture
 def open_live(browser: Any) -> Iterator[OpenPage]:
-    """``open_live(site, path)``: a page of the example, once it is live, or shows what it has to."""
+    """``open_live(site, path)``: a page of the example, once it is live, or ``shown``."""
     contexts = []
     errors: list[str] = []
 

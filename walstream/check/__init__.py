@@ -17,6 +17,7 @@ from walstream.check import (
     connections,
     place,
     plugin,
+    realtime,
     role,
     server,
     slot,
@@ -46,6 +47,7 @@ QUESTIONS: Final = (
     *_OF_THE_SLOT,
     *stores.QUESTIONS,
     *access.QUESTIONS,
+    *realtime.QUESTIONS,
     *place.QUESTIONS,
 )
 """All that is asked once, whatever the configuration."""
@@ -75,6 +77,7 @@ async def check(
         findings += await asked(site, stores.QUESTIONS)
         findings += await asked(site, access.QUESTIONS)
         findings += await access.check_roles(site)
+        findings += await asked(site, realtime.QUESTIONS)
     finally:
         await site.close()
     return Report((*findings, *of_the_place))

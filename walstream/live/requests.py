@@ -252,10 +252,10 @@ def is_sent(column: str, table: VisibleTable) -> bool:
 
 
 def _without_value(error: FilterError) -> str:
-    """Return the message without the server's reason, which quotes the value: a claim's, perhaps."""
+    """Return the message, or in place of the server's, which quotes a claim perhaps, its code."""
     if not error.reason:
         return error.message
-    return f"{error.message.removesuffix(error.reason)}SQLSTATE {error.sqlstate}"
+    return f"a value cannot be read as the type of its column: SQLSTATE {error.sqlstate}"
 
 
 def _layout_of(relation: Relation, table: Table | None, catalog: Catalog) -> Layout:

@@ -99,7 +99,7 @@ class Protocol(Answers):
         self._to_resume: list[Channel] = []
         self._is_overrun = False
         self.refusals: Final[list[str]] = []
-        """What was refused here, by the reasons of `walstream.realtime.tally`: the driver counts it."""
+        """What was refused here, by reasons of `walstream.realtime.tally`; the driver takes it."""
 
     @property
     def channels(self) -> Mapping[str, Channel]:
