@@ -433,7 +433,8 @@ ALL: Final = [MESSAGES, SECURED_BINDING, MARKS]
 
 def test_each_of_many_of_mixed_roles_sees_exactly_their_rows(site: Site) -> None:
     """Under conditions and under row security, live and again; they share what they may share."""
-    site.database.execute(f"{CLEAN}; DELETE FROM secured")
+    # Emptied like this, rows are read in the order in which they are written.
+    site.database.execute(f"{CLEAN}; TRUNCATE messages, secured")
     begin, _ = marked(site, "before many")
     people: dict[str, dict[str, Any]] = {
         **{

@@ -173,19 +173,19 @@ def test_what_the_first_token_may_not_read_comes_by_the_next_one(
 ) -> None:
     """A client joins with its API key, before it knows the user's token."""
     with phoenix(service.url, token("nobody")) as client:
-        client.join("first-key", [NOTES])
+        client.join("first-key", [{**NOTES, "filter": "owner=eq.key"}])
         system = client.wait_for(lambda heard: heard.event == "system")
         assert system.payload["status"] == "error"
         client.send("realtime:first-key", "access_token", {"access_token": token()}, join_ref="1")
         system = client.wait_for(lambda heard: heard.event == "system")
         assert system.payload["message"] == "Subscribed to PostgreSQL"
-        database.execute("INSERT INTO notes VALUES (350, 'ada', 'x')")
+        database.execute("INSERT INTO notes VALUES (350, 'key', 'x')")
         assert ids(client.changes(1)) == [350]
         nobody = {"access_token": token("nobody")}
         client.send("realtime:first-key", "access_token", nobody, join_ref="1")
         system = client.wait_for(lambda heard: heard.event == "system")
         assert "Please check Realtime is enabled" in system.payload["message"]
-        database.execute("INSERT INTO notes VALUES (351, 'ada', 'x')")
+        database.execute("INSERT INTO notes VALUES (351, 'key', 'x')")
         assert client.is_quiet()
 
 
