@@ -25,6 +25,8 @@ BUFFER_BYTES: Final = 1 << 20
 CONNECTING: Final = 64
 """So many connections are begun at once at most; a server's backlog is bounded."""
 
+SIGN_SECONDS: Final = 10.0
+
 _HEADERS_END: Final = b"\r\n\r\n"
 _DIGITS: Final = re.compile(rb"\d+")
 
@@ -122,6 +124,7 @@ class Clients:
         self._expected = Expect(0)
         self._speech: Speech = SPEECHES["events"]
         self._address = ("", 0)
+        self._signed = 0.0
         self._times: list[tuple[int, int]] = []
 
     def connect(self, order: Connect) -> Connected:
@@ -196,12 +199,21 @@ class Clients:
         expected = self._expected.events
         arrived = time.monotonic_ns()
         while self._events < expected and not self._failures:
+            self._sign()
             before = self._bytes
             self._poll(STALL_SECONDS)
             if self._bytes == before:
                 self._failures.append("nothing comes any more")
             arrived = time.monotonic_ns()
         return arrived
+
+    def _sign(self) -> None:
+        """Show that the clients are there, where that is expected."""
+        now = time.monotonic()
+        if self._speech.sign and now - self._signed > SIGN_SECONDS:
+            self._signed = now
+            for client in self._by_descriptor.values():
+                client.socket.send(self._speech.sign)
 
     def _poll(self, seconds: float) -> None:
         clients, read = self._by_descriptor, self._read

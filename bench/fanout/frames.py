@@ -23,6 +23,9 @@ WHOLE: Final = (b"}}]",)
 
 BEGUN: Final = (b"}]",)
 
+SIGN: Final = b"\x8a\x80\0\0\0\0"
+"""An empty pong (RFC 6455, 5.5.3): who is silent for long is taken for gone."""
+
 _CUT: Final = re.compile(rb'"event":"phx_(?:close|error)"|"(phx_close|phx_error)"|"status":"error"')
 
 _HEADERS_END: Final = b"\r\n\r\n"

@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from bench.fanout.frames import SIGN
 from bench.processes import cpu_seconds
 from walstream.realtime.frames import text_frame
 
@@ -102,6 +103,8 @@ class _Subscriber(asyncio.Protocol):
         transport.set_write_buffer_limits(high=1 << 20)
 
     def data_received(self, data: bytes) -> None:
+        if data.startswith(SIGN):
+            return
         if b"\r\nUpgrade: websocket\r\n" in data:
             self.transport.write(UPGRADED)
             return

@@ -25,7 +25,8 @@ class Speech(msgspec.Struct, frozen=True):
 
     ``change`` is in every change once, ``row`` before the number of its row, and ``whole`` ends
     what is heard where a change ends, ``begun`` where that begins. ``cuts`` finds what says that a
-    client misses something, ``read`` reads all changes strictly.
+    client misses something, ``read`` reads all changes strictly. A client that says nothing else
+    sends ``sign`` from time to time.
     """
 
     opening: Callable[[str, int, str], bytes]
@@ -38,6 +39,7 @@ class Speech(msgspec.Struct, frozen=True):
     begun: tuple[bytes, ...]
     cuts: Callable[[bytes], list[str]]
     read: Callable[[bytes, bytes], list[Delivered]]
+    sign: bytes = b""
 
 
 SPEECHES: Final = {
@@ -64,6 +66,7 @@ SPEECHES: Final = {
         begun=frames.BEGUN,
         cuts=frames.cuts,
         read=frames.delivered,
+        sign=frames.SIGN,
     ),
 }
 """Server-Sent Events of ``/changes``, and the frames that clients of Supabase Realtime get."""
