@@ -53,6 +53,7 @@ class Expect(msgspec.Struct, frozen=True, tag=True):
     events: int
     is_timed: bool = False
     is_kept: bool = False
+    rest_seconds: float = 0.0
 
 
 class Collect(msgspec.Struct, frozen=True, tag=True):
@@ -202,6 +203,8 @@ class Clients:
             self._sign()
             before = self._bytes
             self._poll(STALL_SECONDS)
+            if self._expected.rest_seconds:
+                time.sleep(self._expected.rest_seconds)
             if self._bytes == before:
                 self._failures.append("nothing comes any more")
             arrived = time.monotonic_ns()
