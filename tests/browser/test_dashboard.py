@@ -235,7 +235,9 @@ def test_without_a_token_the_page_says_so_and_takes_one(
     page.keyboard.press("Enter")
     until(page, LIVE)
     assert not page.is_visible("#notice")
-    assert "you read as admin" in page.inner_text("#foot")
+    page.wait_for_function(
+        "document.querySelector('#foot').innerText.includes('you read as admin')"
+    )
 
 
 def test_an_expired_token_is_told(

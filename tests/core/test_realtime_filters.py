@@ -334,7 +334,7 @@ def test_a_binding_selects_columns(select: Any, columns: set[str] | None) -> Non
 
 @pytest.mark.parametrize(
     ("leaving", "asks"),
-    [(True, True), ("true", True), ("True", True), (False, False), ("no", False), (1, False)],
+    [(True, True), ("true", True), ("True", True), (False, False), ("false", False), (None, False)],
 )
 def test_a_binding_asks_for_what_leaves(leaving: Any, asks: bool) -> None:  # noqa: FBT001
     assert asked(**TODOS, leaving=leaving).leaving is asks
