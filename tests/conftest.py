@@ -33,6 +33,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def logging_is_not_configured() -> Iterator[None]:
+    """What the fixtures of one module configure does not reach the next one."""
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
+
+
 @pytest.fixture(autouse=True)
 def logging_is_as_before() -> Iterator[None]:
     """What a command line in this process configures would log to its own, closed, stderr."""
